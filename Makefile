@@ -1,0 +1,34 @@
+# Two commands need no set-up of their own: `make demo` and `make test`. Each skips what is already in place.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+.PHONY: demo test lint types tests bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/samplewise score --out runs/demo --resume
+
+test: $(VENV)/.installed lint types tests
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/mypy
+
+tests:
+	$(BIN)/pytest -n 2
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/first_figures.py
+
+# torch comes first and alone: every later install is constrained to it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,21 @@
+"""Every error of the library. Each message names the call, the parameter, what was expected, what was found, what to do."""
+
+
+class SamplewiseError(RuntimeError):
+    """Base of all errors raised by samplewise."""
+
+
+class SampleAxisError(SamplewiseError):
+    """The axis that carries the samples is lost, ambiguous or unknown where it is needed."""
+
+
+class MixedSamplesError(SamplewiseError):
+    """An operation lets one sample's value depend on another sample: no per-sample gradient exists."""
+
+
+class UnsupportedOpError(SamplewiseError):
+    """An operation on a parameter can be given to samples neither by a rule nor by the fallback."""
+
+
+class VerificationError(SamplewiseError):
+    """`verify` found a difference from the batch-of-one loop."""
