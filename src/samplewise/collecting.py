@@ -1,0 +1,146 @@
+"""What a recording collects: factors by the shared tensor that was used, put together per parameter when asked for."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .factors import Dense, Factor, Pulled, add
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor with one value for all samples: a tracked parameter, or computed from shared and constant tensors only."""
+
+    names: frozenset[str]
+    # every entry is another entry of one parameter: transposes, reshapes, slices, casts
+    isometric: bool = True
+    # the tensor this one is an expansion of
+    unexpanded: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One use of a shared tensor, at the point of its history where it was used."""
+
+    names: frozenset[str]
+    isometric: bool
+    shape: torch.Size
+    # None for the parameter itself
+    edge: GradientEdge | None
+
+    @staticmethod
+    def of(tensor: Tensor, kind: Shared) -> "Source":
+        """The source of a use of `tensor` now; later in-place changes of it do not matter."""
+        edge = None if tensor.is_leaf else get_gradient_edge(tensor)
+        return Source(kind.names, kind.isometric, tensor.shape, edge)
+
+    @property
+    def key(self) -> object:
+        """Uses with the same key have gradients that add up."""
+        return self.names if self.edge is None else (self.edge.node, self.edge.output_nr)
+
+
+@dataclass
+class Use:
+    """One use of a parameter, for the coverage report."""
+
+    parameter: str
+    op: str
+    how: str
+    structure: str = "unused"
+
+
+@dataclass
+class Collector:
+    """The factors of one recording."""
+
+    parameters: dict[str, nn.Parameter]
+    # called with (name, factor) as soon as a parameter's last use has arrived; the factor is dropped then
+    consume: Callable[[str, Factor], None] | None = None
+    uses: list[Use] = field(default_factory=list)
+    # while pulling back, ordinary gradients reach the parameters on purpose
+    pulling: bool = False
+
+    def __post_init__(self) -> None:
+        self._arrived: dict[object, tuple[Source, list[Factor]]] = {}
+        self._expected: dict[str, float] = {}
+        self.empty = True
+
+    def expect(self, source: Source, op: str, how: str) -> list[Use]:
+        """Note a use in the forward; `add` with the same uses brings its factor."""
+        new = [Use(name, op, how) for name in sorted(source.names)]
+        for use in new:
+            # a derived tensor's pull-back waits for the end
+            self._expected[use.parameter] = self._expected.get(use.parameter, 0) + (1 if source.edge is None else math.inf)
+        self.uses += new
+        return new
+
+    def expect_hidden(self, names: frozenset[str]) -> None:
+        """Note a use without gradient, such as the first pass of a checkpoint: its parameter cannot finish early."""
+        for name in names:
+            self._expected[name] = math.inf
+
+    def add(self, source: Source, factor: Factor, uses: list[Use]) -> None:
+        """Take the factor of one use."""
+        self.empty = False
+        for use in uses:
+            use.structure = type(factor).__name__
+        factors = self._arrived.setdefault(source.key, (source, []))[1]
+        factors.append(factor)
+        if self.consume is not None and source.edge is None:
+            (name,) = source.names
+            if len(factors) == self._expected[name]:
+                del self._arrived[source.key]
+                self._expected[name] = math.inf
+                self.consume(name, add(factors))
+
+    def finish(self) -> None:
+        """Hand what has not been consumed yet to `consume`."""
+        if self.consume is not None:
+            for name, factor in self.factors().items():
+                self.consume(name, factor)
+            self._arrived.clear()
+
+    def factors(self) -> dict[str, Factor]:
+        """One factor per parameter that the loss reached."""
+        terms: dict[str, list[Factor]] = {}
+        for source, factors in self._arrived.values():
+            for name in source.names:
+                one = add(factors)
+                terms.setdefault(name, []).append(one if source.edge is None else self._pulled(source, one, name))
+        return {name: add(terms[name]) for name in self.parameters if name in terms}
+
+    def _pulled(self, source: Source, factor: Factor, name: str) -> Factor:
+        parameter = self.parameters[name]
+        pulled = Pulled(factor, lambda rows: self._pull(source, rows, parameter), source.isometric, parameter.shape)
+        return pulled if source.isometric else Dense(pulled.to_dense()) if factor.n <= 1 else pulled
+
+    def _pull(self, source: Source, rows: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Batched vector-Jacobian product of the derivation, `(m, *source.shape) -> (m, *parameter.shape)`."""
+        assert source.edge is not None
+        edge, self.pulling = source.edge, True
+        try:
+            return _vector_jacobian(edge, rows, parameter)
+        finally:
+            self.pulling = False
+
+
+def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter) -> Tensor:
+    if not len(rows):
+        return parameter.new_zeros(0, *parameter.shape)
+
+    def pull(grad: Tensor, *, batched: bool) -> Tensor | None:
+        return torch.autograd.grad(
+            [edge], [parameter], [grad], retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )[0]
+
+    try:
+        grads = pull(rows, batched=True)
+    except RuntimeError:
+        # an op of the derivation that vmap does not know
+        grads = torch.stack([pull(row, batched=False) for row in rows])  # type: ignore[arg-type, list-item]
+    return parameter.new_zeros(len(rows), *parameter.shape) if grads is None else grads

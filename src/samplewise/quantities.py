@@ -1,0 +1,344 @@
+"""The public calls: record a batch, then ask for any quantity; or one call for one quantity, at the lowest memory."""
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import rules as rules  # fills the tables
+from .coverage import Coverage
+from .errors import SampleAxisError, SamplewiseError
+from .factors import Dense, Factor
+from .projections import GaussianProjection
+from .recording import CONSTANT, Recording
+from .sample_axis import Axis
+
+Batch = Any
+LossFunction = Callable[[Any, Batch], Tensor]
+
+
+class Record:
+    """The per-sample gradients of one batch. Made by `record`; use it as a context manager."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+
+    def __enter__(self) -> "Record":
+        """Attach to the model."""
+        self._recording.open()
+        try:
+            self._recording.__enter__()
+        except BaseException:
+            self._recording.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave no mode, hook or attribute behind, whatever happened."""
+        self._recording.close()
+        self._recording.__exit__(kind, error, trace)
+
+    # --- saying what is what ------------------------------------------------------------------------------------------------
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """Declare that a tensor has the same value for every sample, whatever its shape; returns it."""
+        self._recording.declare(tensor, CONSTANT)
+        return tensor
+
+    def batched(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Declare that axis `dim` of a tensor carries the samples; returns it.
+
+        Raises:
+            ValueError: If that axis does not have the batch size.
+        """
+        n, dim = self._recording.n, dim % tensor.ndim
+        if n is not None and tensor.shape[dim] != n:
+            raise ValueError(f"batched: axis {dim} of a tensor of shape {tuple(tensor.shape)} has not the batch size {n}")
+        self._recording.declare(tensor, Axis(dim))
+        return tensor
+
+    # --- backward -----------------------------------------------------------------------------------------------------------
+
+    def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
+        """Run the backward pass from one loss per sample.
+
+        Args:
+            losses: `(n,)`, computed inside the `with` block.
+            retain_graph: Keep the graph for another backward; the gradients of several backwards add up.
+
+        Raises:
+            SampleAxisError: If `losses` no longer has its samples on its only axis.
+            ValueError: If `losses` is not a vector of n.
+        """
+        recording = self._recording
+        if not recording._open:  # noqa: SLF001
+            raise SamplewiseError("backward: the recording is closed. Call `rec.backward(losses)` inside the `with record(...)` block.")
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            self._check(losses)
+        recording.backward(losses, retain_graph=retain_graph)
+
+    def _check(self, losses: Tensor) -> None:
+        n, where = self._recording.n, self._recording.where(losses)
+        if n is None:
+            raise SampleAxisError("backward: no model was run in this recording, so the batch size is unknown. Give `batch_size`.")
+        if losses.shape != (n,):
+            raise ValueError(
+                f"backward: expected one loss per sample, shape ({n},), got {tuple(losses.shape)}. "
+                "Use reduction='none' and sum or average over everything but the samples; for a reduced loss use "
+                "`loss.backward()` and `loss_reduction`."
+            )
+        if where != Axis(0) and n > 1:
+            raise SampleAxisError(
+                f"backward: the losses have the right shape, ({n},), but the recording cannot tell that entry i belongs to sample i: "
+                f"{where or 'they do not depend on the samples'}. Compute them from the model's output inside the recording; if they "
+                "come from a function it cannot see into, declare them with `rec.batched(losses)`."
+            )
+
+    # --- quantities ---------------------------------------------------------------------------------------------------------
+
+    def factors(self) -> dict[str, Factor]:
+        """The unmaterialised gradients: a factor for each parameter that the loss reached."""
+        return self._recording.collected()
+
+    def grads(self) -> dict[str, Tensor]:
+        """Materialise all per-sample gradients.
+
+        Returns:
+            `{name: (n, *shape)}` for every trainable parameter; zeros where the loss does not reach.
+        """
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            return self._filled({name: factor.to_dense() for name, factor in self.factors().items()}, self._n())
+
+    @overload
+    def norms(self, *, by: None = None) -> Tensor: ...
+    @overload
+    def norms(self, *, by: Literal["parameter"]) -> dict[str, Tensor]: ...
+    def norms(self, *, by: str | None = None) -> Tensor | dict[str, Tensor]:
+        """L2 norms of the per-sample gradients, `(n,)`, over all parameters; `by="parameter"` gives `{name: (n,)}`."""
+        if by not in {None, "parameter"}:
+            raise ValueError(f"norms: by is None or 'parameter', got {by!r}")
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            squares = {name: factor.sq_norms() for name, factor in self.factors().items()}
+            if by is None:
+                return total_norms(squares, self._n(), self._like())
+            return {name: squares[name].sqrt() if name in squares else self._zeros() for name in self._recording.parameters}
+
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        """`sum_n weights[n] grad[n]`, as `{name: shape}`; `weights` is `(n,)`.
+
+        Raises:
+            ValueError: If `weights` is not a vector of n.
+        """
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            if weights.shape != (self._n(),):
+                raise ValueError(f"weighted_sum: expected weights of shape ({self._n()},), got {tuple(weights.shape)}")
+            return self._filled({name: factor.weighted_sum(weights) for name, factor in self.factors().items()})
+
+    def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
+        """The sum of gradients clipped to a norm: weights `min(1, max_grad_norm / norms[n])` (Abadi et al. 2016, arXiv:1607.00133).
+
+        Raises:
+            ValueError: If `max_grad_norm` is not positive.
+        """
+        return self.weighted_sum(clipping_weights(self.norms(), max_grad_norm))
+
+    def dot(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """Inner products with one direction, `(n,)`; `direction` is `{name: shape}`, missing parameters count as zero.
+
+        Raises:
+            ValueError: If a name is unknown or a shape differs.
+        """
+        self._check_names("dot", direction)
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            terms = [factor.dot(direction[name]) for name, factor in self.factors().items() if name in direction]
+            return _total(terms, self._zeros())
+
+    def gram(self, other: "Record | None" = None) -> Tensor:
+        """Inner products of per-sample gradients, `(n, m)`, with those of another record of the same model (default: itself).
+
+        Raises:
+            ValueError: If the other record has other parameters.
+        """
+        other = self if other is None else other
+        if set(other._recording.parameters) != set(self._recording.parameters):  # noqa: SLF001
+            raise ValueError("gram: the two records have different parameters")
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            mine, theirs = self.factors(), other.factors()
+            terms = [mine[name].gram(theirs[name]) for name in mine if name in theirs]
+            return _total(terms, self._zeros().new_zeros(self._n(), other._n()))  # noqa: SLF001
+
+    def project(self, projection: GaussianProjection | Mapping[str, Tensor]) -> Tensor:
+        """Projected gradients, `(n, k)`: a `GaussianProjection`, or `{name: (k, *shape)}`.
+
+        Raises:
+            ValueError: If a name is unknown or a shape differs.
+        """
+        factors = self.factors()
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            if isinstance(projection, GaussianProjection):
+                size = projection.size
+                rows = ((factor, projection.matrix(name, factor.shape).to(self._like().device)) for name, factor in factors.items())
+            else:
+                self._check_names("project", {name: matrix[0] for name, matrix in projection.items()})
+                size = next(iter(projection.values())).shape[0]
+                rows = ((factor, projection[name]) for name, factor in factors.items() if name in projection)
+            return _total([factor.project(matrix) for factor, matrix in rows], self._zeros().new_zeros(self._n(), size))
+
+    def coverage(self) -> Coverage:
+        """Which parameter was used where, by rule or fallback, and the share of all trainable parameters."""
+        return Coverage.of(self._recording.parameters, self._recording.collector.uses)
+
+    # --- details ------------------------------------------------------------------------------------------------------------
+
+    def _n(self) -> int:
+        if self._recording.n is None:
+            raise SamplewiseError("record: no model was run in this recording yet")
+        return self._recording.n
+
+    def _like(self) -> Tensor:
+        return next(iter(self._recording.parameters.values()), torch.zeros(()))
+
+    def _zeros(self) -> Tensor:
+        return self._like().new_zeros(self._n())
+
+    def _filled(self, found: dict[str, Tensor], *leading: int) -> dict[str, Tensor]:
+        """The found gradients in the parameters' own types, zeros for the others, in the model's order."""
+        parameters = self._recording.parameters
+        return {
+            name: found[name].to(p.dtype) if name in found else p.new_zeros(*leading, *p.shape) for name, p in parameters.items()
+        }
+
+    def _check_names(self, call: str, given: Mapping[str, Tensor]) -> None:
+        for name, tensor in given.items():
+            expected = self._recording.parameters.get(name)
+            if expected is None or expected.shape != tensor.shape:
+                wanted = "no such trainable parameter" if expected is None else f"expected shape {tuple(expected.shape)}"
+                raise ValueError(f"{call}: '{name}' of shape {tuple(tensor.shape)}: {wanted}")
+
+
+def record(
+    model: nn.Module,
+    *,
+    batch_size: int | None = None,
+    batch_dim: int = 0,
+    loss_reduction: str = "sum",
+    fallback: str = "allow",
+) -> Record:
+    """Record one batch of a model, so that every per-sample quantity can be asked for afterwards.
+
+    Args:
+        model: Any module, unmodified.
+        batch_size: n; by default the common size of the model's tensor inputs on `batch_dim`.
+        batch_dim: The axis of the model's inputs that carries the samples. Results are always sample-first.
+        loss_reduction: For `loss.backward()` on a scalar: "sum" if it is a sum over samples, "mean" if a mean.
+            `rec.backward(losses)` needs neither.
+        fallback: "allow" runs ops without a rule sample by sample; "error" forbids it.
+
+    Returns:
+        A context manager; its quantities may be asked for inside or after the block.
+
+    Raises:
+        SampleAxisError: If a gradient cannot be split over samples because their axis was lost.
+        MixedSamplesError: If an op mixes the samples of the batch.
+        UnsupportedOpError: If a use of a parameter cannot be recorded.
+
+    Example:
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> with record(model) as rec:
+        ...     rec.backward(model(x).square().sum(1))
+        >>> rec.grads()["weight"].shape, rec.norms().shape
+        (torch.Size([4, 2, 3]), torch.Size([4]))
+    """
+    return Record(
+        Recording(model, batch_size=batch_size, batch_dim=batch_dim, loss_reduction=loss_reduction, fallback=fallback)
+    )
+
+
+def per_sample_grads(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> dict[str, Tensor]:
+    """The gradient of every sample's loss.
+
+    Args:
+        model: Any module, unmodified.
+        loss_fn: `loss_fn(model, batch) -> (n,)` losses.
+        batch: Handed to `loss_fn` as it is.
+
+    Returns:
+        `{name: (n, *shape)}`.
+
+    Raises:
+        SamplewiseError: As `record` does.
+
+    Example:
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> per_sample_grads(model, lambda m, x: m(x).square().sum(1), x)["bias"].shape
+        torch.Size([4, 2])
+    """
+    grads: dict[str, Tensor] = {}
+    rec = _stream(model, loss_fn, batch, lambda name, factor: grads.__setitem__(name, factor.to_dense()))
+    return rec._filled(grads, rec._n())  # noqa: SLF001
+
+
+def per_sample_norms(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:
+    """The L2 norm of the gradient of every sample's loss, over all parameters, `(n,)`.
+
+    Each parameter's factor is dropped as soon as its squared norm is known. Arguments and errors as `per_sample_grads`.
+
+    Example:
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> per_sample_norms(model, lambda m, x: m(x).square().sum(1), x).shape
+        torch.Size([4])
+    """
+    squares: dict[str, Tensor] = {}
+    rec = _stream(model, loss_fn, batch, lambda name, factor: squares.__setitem__(name, factor.sq_norms()))
+    return total_norms(squares, rec._n(), rec._like())  # noqa: SLF001
+
+
+def clipped_grads(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, max_grad_norm: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The sum of per-sample gradients clipped to `max_grad_norm`, and their norms before clipping, in one backward.
+
+    Book-keeping (Bu et al. 2023, arXiv:2210.00038): the factors of the one backward serve the norms and the weighted sum.
+    Arguments and errors as `per_sample_grads`; ValueError if `max_grad_norm` is not positive.
+
+    Returns:
+        `({name: shape}, (n,))`.
+
+    Example:
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> sums, norms = clipped_grads(model, lambda m, x: m(x).square().sum(1), x, max_grad_norm=1.0)
+    """
+    clipping_weights(torch.zeros(0), max_grad_norm)
+    with record(model) as rec:
+        rec.backward(loss_fn(model, batch))
+    norms = rec.norms()
+    return rec.weighted_sum(clipping_weights(norms, max_grad_norm)), norms
+
+
+def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """`min(1, max_grad_norm / norms)`; a zero norm gives 1."""
+    if not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
+    return torch.where(norms > max_grad_norm, max_grad_norm / norms, torch.ones_like(norms))
+
+
+def total_norms(squares: Mapping[str, Tensor], n: int, like: Tensor) -> Tensor:
+    """The norm over all parameters from the squared norms of each."""
+    return _total(list(squares.values()), Dense(like.new_zeros(n, 1)).sq_norms()).sqrt()
+
+
+def _stream(model: nn.Module, loss_fn: LossFunction, batch: Batch, consume: Callable[[str, Factor], None]) -> Record:
+    """Run a batch, handing every parameter's factor to `consume` at its last use and keeping nothing."""
+    rec = Record(Recording(model, consume=consume))
+    with rec:
+        rec.backward(loss_fn(model, batch))
+    rec._recording.collector.finish()  # noqa: SLF001
+    return rec
+
+
+def _total(terms: list[Tensor], zero: Tensor) -> Tensor:
+    return torch.stack(terms).sum(0) if terms else zero

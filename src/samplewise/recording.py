@@ -1,0 +1,273 @@
+"""The mode under which a model runs: it follows what depends on the samples and finds the ops where parameters meet them.
+
+It knows no op by name. How the sample axis moves stands in `sample_axis`, what happens at a meeting in `mixing`, and what the
+gradients are in `rules`.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .collecting import Collector, Shared
+from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
+from .factors import Factor
+from .mixing import mix
+from .registry import EXPANSIONS, Operation, operation
+from .sample_axis import EXPANDS, MOVES, Axis, Call, Lost, Where, follow, tensors_in, written
+from .taps import Factors, Grads
+
+CONSTANT = "constant"
+Kind = Axis | Lost | Shared | str
+
+
+class Recording(TorchFunctionMode):
+    """Records one batch of one model. The public face is `samplewise.record`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch_size: int | None = None,
+        batch_dim: int = 0,
+        loss_reduction: str = "sum",
+        fallback: str = "allow",
+        consume: Callable[[str, Factor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        _one_of("fallback", fallback, "allow", "error")
+        _one_of("loss_reduction", loss_reduction, "sum", "mean")
+        self.model, self.n, self.batch_dim = model, batch_size, batch_dim
+        self.loss_reduction, self.fallback = loss_reduction, fallback
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.collector = Collector(self.parameters, consume)
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._anchor_node = self.anchor.expand(1).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        self._kinds = WeakIdKeyDictionary()
+        self._handles: list[Any] = []
+        self._open = False
+        # inside `backward(losses)`, where no reduction has to be undone
+        self._from_losses = False
+
+    # --- life ---------------------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Attach to the model: a pre-hook that finds the samples, and a guard on every parameter."""
+        for tensor in _held_tensors(self.model):
+            self._kinds[tensor] = CONSTANT
+        for name, parameter in self.parameters.items():
+            self._kinds[parameter] = Shared(frozenset({name}))
+            self._handles.append(parameter.register_hook(self._guard(name)))
+        self._handles.append(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True, prepend=True))
+        self._open = True
+
+    def close(self) -> None:
+        """Detach from the model; nothing stays on its tensors or modules."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._open = False
+
+    def __enter__(self) -> "Recording":
+        """Become the active mode."""
+        stack = torch.overrides._get_current_function_mode_stack()  # noqa: SLF001
+        if any(isinstance(mode, Recording) and mode is not self for mode in stack):
+            raise SamplewiseError("record: another recording is active here, and recordings do not nest. Close the outer one first.")
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    # --- kinds --------------------------------------------------------------------------------------------------------------
+
+    def declare(self, tensor: Tensor, kind: Kind) -> None:
+        """Say what a tensor is, whatever its shape suggests."""
+        self._kinds[tensor] = kind
+
+    def where(self, tensor: Tensor) -> Where | None:
+        """Where the sample axis of a tensor is; None for what does not depend on the samples."""
+        kind = self.kind(tensor)
+        return kind if isinstance(kind, Axis | Lost) else None
+
+    def kind(self, tensor: Tensor) -> Kind:
+        """What a tensor is: placed, lost, shared or constant."""
+        kind: Kind | None = self._kinds.get(tensor)
+        if kind is None:
+            kind = self._first_seen(tensor)
+        return CONSTANT if isinstance(kind, Shared) and not tensor.requires_grad else kind
+
+    def _first_seen(self, tensor: Tensor) -> Kind:
+        """A tensor made outside: batched if its declared axis has the batch size, else constant."""
+        if isinstance(tensor, nn.Parameter) or self.n is None:
+            return CONSTANT
+        if tensor.ndim > self.batch_dim and tensor.shape[self.batch_dim] == self.n:
+            kind: Kind = Axis(self.batch_dim)
+        else:
+            kind = CONSTANT if tensor.grad_fn is None else Lost("a function that the recording could not see into")
+        self._kinds[tensor] = kind
+        return kind
+
+    def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The samples enter: the tensors passed to the model's forward."""
+        if not self.collector.empty and not _in_backward():
+            raise MixedSamplesError(
+                f"{type(self.model).__name__}: this recording already holds the gradients of a batch, and rows of two batches "
+                "are never added. Open a new recording for each batch, or run all forwards before the backward."
+            )
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if self.n is None:
+            self.n = _common_size(self.model, inputs, self.batch_dim)
+        for x in inputs:
+            if self._kinds.get(x) is None and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
+                self._kinds[x] = Axis(self.batch_dim)
+
+    def _guard(self, name: str) -> Callable[[Tensor], None]:
+        recording = weakref.ref(self)
+
+        def refuse(_: Tensor) -> None:
+            alive = recording()
+            if alive is not None and not alive.collector.pulling and alive.belongs():
+                raise UnsupportedOpError(
+                    f"{name}: an ordinary gradient reached this parameter, from a use that the recording did not see: a "
+                    "torch.autograd.Function, a scripted or compiled module, or a tensor computed before the recording began. "
+                    "Compute it inside the recording from ordinary ops, or give the op a rule with `samplewise.rule`."
+                )
+
+        return refuse
+
+    # --- forward ------------------------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],  # noqa: ARG002
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Run one call: composites through their source, everything else with its sample axis followed."""
+        kwargs, op = kwargs or {}, operation(func)
+        if op.plain_property:
+            return func(*args, **kwargs)
+        inner = EXPANSIONS.get(op.name, op.source)
+        if inner is not None:
+            if func is torch.autograd.backward and not _in_backward():
+                self._check_losses(args[0] if args else kwargs["tensors"])
+            with self:
+                return inner(*args, **kwargs)
+        call = Call(op.name, args, kwargs, self.n or 0, self.where)
+        shared = [x for x in call.tensors if isinstance(self.kind(x), Shared)]
+        meeting = bool(shared) and any(self.where(x) is not None for x in call.tensors)
+        if meeting and torch.is_grad_enabled():
+            out = mix(self, func, op, call, shared)
+        else:
+            out = func(*args, **kwargs)
+            if meeting:
+                self.collector.expect_hidden(self._names(shared))
+        self._mark(op, call, out, shared)
+        return out
+
+    def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor]) -> None:  # noqa: ANN401
+        """Note what the results, or the target of an in-place op, are now."""
+        inplace = op.inplace and bool(call.args) and isinstance(call.args[0], Tensor)
+        for tensor in [call.args[0]] if inplace else tensors_in(out):
+            kind: Kind | None = written(call) if op.name == "setitem" else follow(call, tensor)
+            if kind is None:
+                kind = self._derived(op, shared) if tensor.requires_grad and shared else CONSTANT
+            base = tensor._base if inplace else None  # noqa: SLF001
+            if base is not None and isinstance(kind, Axis | Lost) and self.where(base) is None:
+                self._kinds[base] = Lost(f"{op.name} in place on a view of it")
+            self._kinds[tensor] = kind
+
+    def _derived(self, op: Operation, shared: list[Tensor]) -> Shared:
+        """The kind of a tensor computed from shared and constant ones."""
+        (first, *others), names = [self.kind(x) for x in shared], self._names(shared)
+        assert isinstance(first, Shared)
+        alone = not others and not op.inplace
+        unexpanded = shared[0] if alone and op.name in EXPANDS else None
+        return Shared(names, alone and first.isometric and op.name in MOVES, unexpanded)
+
+    def _names(self, shared: list[Tensor]) -> frozenset[str]:
+        kinds = [self.kind(x) for x in shared]
+        return frozenset().union(*(kind.names for kind in kinds if isinstance(kind, Shared)))
+
+    # --- backward -----------------------------------------------------------------------------------------------------------
+
+    def belongs(self) -> bool:
+        """Whether the backward now running is one that would fill the parameters' gradients."""
+        return torch._C._will_engine_execute_node(self._anchor_node)  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001
+
+    def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
+        """Run the backward pass from a vector of losses, one per sample."""
+        self._from_losses = True
+        try:
+            torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
+        finally:
+            self._from_losses = False
+
+    def collected(self) -> dict[str, Factor]:
+        """One factor per parameter that the loss reached."""
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            return self.collector.factors()
+
+    def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
+        """Take the factors that a tap makes of its gradients."""
+        if all(grad is None for grad in grads) or not self.belongs():
+            return
+        if not self._open:
+            raise SamplewiseError(
+                "backward: it runs through a recording that is closed, so its per-sample gradients would be lost. Call "
+                "`rec.backward(losses)` inside the `with record(...)` block."
+            )
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            if self.loss_reduction == "mean" and not self._from_losses:
+                grads = [None if grad is None else grad * (self.n or 0) for grad in grads]
+            for source, uses, factor in factors(grads, saved):
+                self.collector.add(source, factor, uses)
+
+    def _check_losses(self, tensors: Tensor | Sequence[Tensor]) -> None:
+        for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
+            where = self.where(loss)
+            if isinstance(where, Lost) and not where.linear:
+                raise MixedSamplesError(
+                    f"backward: the loss went through {where.op} and is no longer a plain sum or mean over samples, so it has no "
+                    "per-sample gradients. Keep one loss per sample and call `rec.backward(losses)`."
+                )
+            if isinstance(where, Lost) and self.loss_reduction == "mean" and not where.uniform:
+                raise MixedSamplesError(
+                    f"backward: {where.op} took a weighted mean (class weights, or targets at ignore_index), so loss_reduction="
+                    "'mean' would scale the samples wrongly. Use reduction='none' and `rec.backward(losses)`."
+                )
+            if where is None and isinstance(self.kind(loss), Shared):
+                raise SampleAxisError(
+                    "backward: the loss does not depend on the samples that the model was given. Check that it is computed from "
+                    "the model's output inside the recording, and that `batch_size` and `batch_dim` are right."
+                )
+
+
+def _one_of(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"record: {name} is one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Buffers, and plain tensor attributes of modules: masks, tables, position ids."""
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (x for x in vars(module).values() if isinstance(x, Tensor))
+
+
+def _common_size(model: nn.Module, inputs: list[Tensor], dim: int) -> int:
+    sizes = sorted({x.shape[dim] for x in inputs if x.ndim > dim})
+    if len(sizes) != 1:
+        found = f"sizes {', '.join(map(str, sizes))}" if sizes else "no tensor with such an axis"
+        raise ValueError(
+            f"{type(model).__name__}: the batch size is not clear from the inputs: {found} on axis {dim}. Give `batch_size`."
+        )
+    return sizes[0]
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001

@@ -1,0 +1,163 @@
+"""The two tables: a rule gives the factors of one op's parameters, an expansion rewrites an op in terms of others."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered rule: `function(grad, out, *op_arguments) -> {argument name: Factor}`."""
+
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+    saves: Mapping[str, Sequence[str]] | None
+
+    def saved_for(self, shared: set[str]) -> set[str]:
+        """The arguments whose values the gradients of the `shared` arguments need."""
+        if self.saves is None:
+            return {"out", *self.arguments} if _uses_out(self.function) else set(self.arguments)
+        return {name for argument in shared for name in self.saves[argument]}
+
+    def covers(self, shared: set[str]) -> bool:
+        """Whether the rule is known to give the gradients of all `shared` arguments."""
+        return self.saves is None or shared <= set(self.saves)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is known of an overridable function, found once and cached."""
+
+    name: str
+    inplace: bool
+    # the function's own source, free to be recorded inside; None for what reaches C++
+    source: Callable[..., Any] | None
+    # a property that is no tensor: shape, dtype, device, ...
+    plain_property: bool
+
+
+RULES: dict[str, Rule] = {}
+EXPANSIONS: dict[str, Callable[..., Any]] = {}
+
+
+def rule(op: Callable[..., Any], *, saves: Mapping[str, Sequence[str]] | None = None) -> Callable[[Function], Function]:
+    """Register the per-sample gradient of `op`'s parameters.
+
+    The rule is called as `function(grad, out, *arguments)` with the arguments of `op` by its own names and defaults. Every
+    tensor that depends on the samples, `grad` among them, comes with its rows first, `(n, ...)`; parameters come as they
+    are. It returns a factor, or a function that makes it, per parameter: `{"weight": Outer(...), "bias": lambda: ...}`; what is
+    no parameter in a call is not asked for. The op's samples must lie on axis 0 of its tensor arguments and of its result.
+
+    Args:
+        op: The function as users call it, such as `torch.ops.mylib.scale`.
+        saves: For each argument with a gradient, the arguments whose values that gradient needs; others arrive as meta
+            tensors. By default all tensor arguments are kept, and `out` too where the rule uses it.
+
+    Raises:
+        ValueError: If `op` already has a rule or an expansion.
+
+    Example:
+        >>> @rule(torch.ops.mylib.scale)                      # doctest: +SKIP
+        ... def scale(grad, out, input, weight):
+        ...     return {"weight": Dense(grad * input)}
+    """
+    key = _free_key(op)
+
+    def register(function: Function) -> Function:
+        arguments = tuple(inspect.signature(function).parameters)[2:]
+        RULES[key] = Rule(function, arguments, saves)
+        return function
+
+    return register
+
+
+def expand(op: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Record calls of `op` through the decorated function, which computes the same from other ops.
+
+    Args:
+        op: The function as users call it.
+
+    Raises:
+        ValueError: If `op` already has a rule or an expansion.
+
+    Example:
+        >>> @expand(torch.ops.mylib.affine)                   # doctest: +SKIP
+        ... def affine(input, weight, bias):
+        ...     return input * weight + bias
+    """
+    key = _free_key(op)
+
+    def register(function: Function) -> Function:
+        EXPANSIONS[key] = function
+        return function
+
+    return register
+
+
+@functools.cache
+def operation(op: Callable[..., Any]) -> Operation:
+    """The canonical name and nature of an overridable function: `torch.add`, `Tensor.add_` and `+` are all `add`."""
+    getter = getattr(op, "__self__", None)
+    if isinstance(getter, types.GetSetDescriptorType | types.MemberDescriptorType):
+        name = getter.__name__
+        return Operation(name, inplace=False, source=None, plain_property=name not in _TENSOR_PROPERTIES)
+    if isinstance(op, types.FunctionType) and not _wraps_method(op):
+        key = f"{op.__module__}.{op.__qualname__}"
+        known = key in RULES or key in EXPANSIONS
+        return Operation(key, inplace=False, source=None if known else through_source(op), plain_property=False)
+    raw = str(op).removeprefix("aten.") if _is_dispatched(op) else op.__name__
+    inplace = (raw.endswith("_") and not raw.endswith("__")) or raw in _INPLACE_DUNDERS
+    return Operation(raw.strip("_"), inplace=inplace, source=None, plain_property=False)
+
+
+def through_source(function: types.FunctionType) -> Callable[..., Any]:
+    """The same Python function, whose `has_torch_function` checks answer False: its inner calls reach the active mode."""
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**function.__globals__, **dict.fromkeys(checks, _never)}
+    # a wrapper such as F.max_pool2d keeps the functions it chooses from in its closure
+    closure = tuple(types.CellType(_inner_source(cell.cell_contents)) for cell in function.__closure__ or ())
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _wraps_method(op: types.FunctionType) -> bool:
+    """Whether a Python method stands in front of a C method of the same name and calls it: `Tensor.split`, `Tensor.pow`."""
+    owner, _, name = op.__qualname__.partition(".")
+    return owner in {"Tensor", "TensorBase"} and op.__module__ == "torch._tensor" and name in _C_METHODS
+
+
+def _inner_source(value: object) -> object:
+    return through_source(value) if isinstance(value, types.FunctionType) else value
+
+
+_C_METHODS = frozenset(dir(torch._C.TensorBase))  # noqa: SLF001
+_TENSOR_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
+_INPLACE_DUNDERS = frozenset({"__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"})
+
+
+def _free_key(op: Callable[..., Any]) -> str:
+    key = operation(op).name
+    if key in RULES or key in EXPANSIONS:
+        raise ValueError(f"{key} already has a rule or an expansion; each op has one place where its gradient is written")
+    operation.cache_clear()
+    return key
+
+
+def _is_dispatched(op: Callable[..., Any]) -> bool:
+    return type(op).__name__ in {"OpOverload", "OpOverloadPacket"}
+
+
+def _uses_out(function: Callable[..., Any]) -> bool:
+    return list(inspect.signature(function).parameters)[1] == "out"
+
+
+def _never(*_: object) -> bool:
+    return False

@@ -1,0 +1,57 @@
+"""The two places where a recording touches the autograd graph: on an op's results, and on a parameter that enters row by row."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .collecting import Source, Use
+from .factors import Factor
+
+Grads = Sequence[Tensor | None]
+# (gradients of the results, saved tensors) -> the factor of each use
+Factors = Callable[[Grads, Sequence[Tensor]], list[tuple[Source, list[Use], Factor]]]
+
+
+class Collects(Protocol):
+    """What a tap needs of a recording."""
+
+    def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
+        """Take the factors, if this backward belongs to the recording."""
+
+
+class Tap(torch.autograd.Function):
+    """Identity on an op's results; its backward hands their gradients to the recording."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: Collects, factors: Factors, anchor: Tensor, count: int, *tensors: Tensor) -> Any:  # noqa: ANN401
+        """Pass the first `count` tensors on and keep the others; `anchor` requires grad, so that every result does."""
+        ctx.mark_dirty(*tensors[:count])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[count:])
+        ctx.recording, ctx.factors = recording, factors
+        return tensors[:count] if count > 1 else tensors[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # noqa: ANN401
+        """Collect, and pass the gradients through."""
+        saved = ctx.saved_tensors
+        ctx.recording.collect(ctx.factors, grads, saved)
+        return None, None, None, None, *grads, *[None] * len(saved)
+
+
+class Enter(torch.autograd.Function):
+    """Identity on a detached shared tensor that meets the samples row by row; what comes back are its rows' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: Collects, factors: Factors, anchor: Tensor, tensor: Tensor) -> Tensor:  # noqa: ANN401
+        """Pass the tensor on."""
+        ctx.recording, ctx.factors = recording, factors
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: ANN401
+        """Collect; nothing goes further."""
+        ctx.recording.collect(ctx.factors, (grad,), ())
+        return None, None, None, None

@@ -1,0 +1,276 @@
+"""The call wrapper of `samplewise.expanded_weights`: what it returns, checks, sets and leaves behind."""
+
+import gc
+import inspect
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from samplewise.expanded_weights import call_for_per_sample_grads
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+from expanded_weights_loop import (
+    Called,
+    batch,
+    check_module,
+    close,
+    manual,
+    module_loop,
+    options,
+    score,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    yield
+    assert not _get_current_function_mode_stack(), "a mode was left behind"
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
+
+
+@pytest.mark.parametrize("case", options(given=[None, 6], loss_reduction=["sum", "mean"]), ids=str)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_wrapper_gives_rows_and_no_grad(case, needs_grad):
+    check_module(mlp(), batch(6, 4).requires_grad_(needs_grad), **case)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4])
+def test_wrapper_takes_any_batch_size(size):
+    check_module(mlp(), batch(size, 4))
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_wrapper_with_the_batch_second(length):
+    check_module(mlp(), batch(length, 6, 4), dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_wrapper_keeps_the_dtype(dtype):
+    model, x = mlp().to(dtype), torch.randn(3, 4, dtype=dtype)
+    expected = module_loop(model, (x,), size=3)
+    call_for_per_sample_grads(model)(x).float().square().sum().backward()
+    assert {p.grad_sample.dtype for p in model.parameters()} == {dtype}
+    assert expected.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [("0.weight",), ("0.bias",), ("0.weight", "0.bias"), ("2.weight",), ("0.weight", "0.bias", "2.weight", "2.bias")],
+)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_frozen_parameters_are_left_alone(frozen, needs_grad):
+    model = mlp()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    if len(frozen) < 4 or needs_grad:
+        check_module(model, batch(3, 4).requires_grad_(needs_grad))
+
+
+def test_several_inputs_and_keywords():
+    model = Called(
+        lambda m, x, *, scale, bias=None: m.a(x) * scale + m.b(bias),
+        a=nn.Linear(4, 3).double(),
+        b=nn.Linear(2, 3).double(),
+    )
+    check_module(model, batch(5, 4).requires_grad_(), kwargs={"scale": batch(5, 1), "bias": batch(5, 2)})
+
+
+def test_structured_output():
+    model = Called(lambda m, x: {"out": m.a(x), "pair": (x, m.a(x).tanh())}, a=nn.Linear(4, 3).double())
+    check_module(model, batch(5, 4))
+
+
+def test_nested_input():
+    model = Called(lambda m, inputs: m.a(inputs["x"]) + m.a(inputs["more"][0]), a=nn.Linear(4, 3).double())
+    check_module(model, {"x": batch(5, 4), "more": [batch(5, 4)]})
+
+
+def test_a_second_use_adds_up():
+    check_module(Called(lambda m, x: m.a(torch.tanh(m.a(x))), a=nn.Linear(4, 4).double()), batch(3, 4))
+
+
+def test_a_tied_parameter_has_one_grad_sample():
+    model = Called(lambda m, ids: F.linear(m.a(ids), m.a.weight), a=nn.Embedding(7, 4).double())
+    check_module(model, torch.randint(7, (3, 5)))
+
+
+def test_an_unused_parameter_has_zero_rows():
+    model = Called(lambda m, x: m.a(x), a=nn.Linear(4, 3).double(), unused=(2, 2))
+    call_for_per_sample_grads(model)(batch(5, 4)).sum().backward()
+    close(model.unused.grad_sample, torch.zeros(5, 2, 2, dtype=torch.float64))
+
+
+def test_the_batch_size_given_allows_inputs_of_other_sizes():
+    model = Called(lambda m, x, table: m.a(x) @ table.t(), a=nn.Linear(4, 3).double())
+    x, table = batch(5, 4), batch(7, 3)
+    expected = manual(5, lambda i: score(model(x[i : i + 1], table)), list(model.parameters()))
+    score(call_for_per_sample_grads(model, batch_size=5)(x, table)).backward()
+    for p, rows in zip(model.parameters(), expected, strict=True):
+        close(p.grad_sample, rows)
+
+
+def test_rows_can_be_cleared_and_made_again():
+    model = mlp()
+    for clear in (lambda p: delattr(p, "grad_sample"), lambda p: setattr(p, "grad_sample", None), lambda p: None):
+        check_module(model, batch(3, 4))
+        for p in model.parameters():
+            clear(p)
+
+
+def test_plain_calls_are_untouched_before_and_after():
+    model, x = mlp(), batch(3, 4)
+    wrapped = call_for_per_sample_grads(model)
+    score(model(x)).backward()
+    assert all(p.grad is not None and not hasattr(p, "grad_sample") for p in model.parameters())
+    model.zero_grad()
+    output = wrapped(x)
+    score(model(x)).backward()
+    assert all(not hasattr(p, "grad_sample") for p in model.parameters())
+    model.zero_grad()
+    score(output).backward()
+    assert all(p.grad is None and p.grad_sample.shape == (3, *p.shape) for p in model.parameters())
+
+
+def test_nothing_is_left_on_the_module():
+    model = mlp()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    hooks = {
+        name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in model.named_modules()
+    }
+    kinds = [type(p) for p in model.parameters()]
+    output = call_for_per_sample_grads(model)(batch(3, 4))
+    output.sum().backward()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert {name: len(m._forward_pre_hooks) + len(m._forward_hooks) for name, m in model.named_modules()} == hooks
+    assert [type(p) for p in model.parameters()] == kinds
+    assert all(not p._backward_hooks and set(vars(p)) <= {"grad_sample"} for p in model.parameters())
+
+
+def test_a_call_that_is_dropped_frees_its_graph():
+    model, x = mlp(), batch(3, 4)
+    alive = weakref.ref(call_for_per_sample_grads(model)(x).grad_fn)
+    gc.collect()
+    assert alive() is None
+
+
+def test_an_error_in_the_forward_leaves_nothing_behind():
+    def fail(m, x):
+        m.a(x)
+        raise ValueError("of the user")
+
+    model = Called(fail, a=nn.Linear(4, 3).double())
+    with pytest.raises(ValueError, match="of the user"):
+        call_for_per_sample_grads(model)(batch(3, 4))
+    model.function = lambda m, x: m.a(x)
+    check_module(model, batch(3, 4))
+
+
+def test_an_error_in_the_backward_leaves_nothing_behind():
+    def fail(grad):
+        raise ValueError("of the user")
+
+    model = mlp()
+    output = call_for_per_sample_grads(model)(batch(3, 4))
+    output.register_hook(fail)
+    with pytest.raises(ValueError, match="of the user"):
+        output.sum().backward()
+    for p in model.parameters():
+        assert getattr(p, "grad_sample", None) is None
+    check_module(model, batch(3, 4))
+
+
+def test_the_wrapper_carries_the_signature_of_forward():
+    model = Called(lambda m, x: x)
+    assert inspect.signature(call_for_per_sample_grads(model)) == inspect.signature(model.forward)
+    assert call_for_per_sample_grads(model).__name__ == "forward"
+
+
+def test_without_grad_the_output_is_plain():
+    model, x = mlp(), batch(3, 4)
+    with torch.no_grad():
+        output = call_for_per_sample_grads(model)(x)
+    assert not output.requires_grad
+    torch.testing.assert_close(output, model(x).detach())
+
+
+def test_retained_graphs_give_the_same_rows_again():
+    model, x = mlp(), batch(3, 4)
+    value = score(call_for_per_sample_grads(model)(x))
+    value.backward(retain_graph=True)
+    first = [p.grad_sample for p in model.parameters()]
+    for p in model.parameters():
+        p.grad_sample = None
+    value.backward()
+    for p, rows in zip(model.parameters(), first, strict=True):
+        close(p.grad_sample, rows)
+    with pytest.raises(RuntimeError):
+        value.backward()
+
+
+ARGUMENTS = [
+    ("Module passed must be nn.Module", lambda: call_for_per_sample_grads("fail")),
+    ("Batch size passed must be None or an integer", lambda: call_for_per_sample_grads(mlp(), batch_size=6.4)),
+    ("Batch size passed must be None or an integer", lambda: call_for_per_sample_grads(mlp(), batch_size="6")),
+    ("Batch size must be positive", lambda: call_for_per_sample_grads(mlp(), batch_size=-64)),
+    ("Batch size must be positive", lambda: call_for_per_sample_grads(mlp(), batch_size=0)),
+    (
+        "Expected loss_reduction argument to be sum or mean",
+        lambda: call_for_per_sample_grads(mlp(), loss_reduction="none"),
+    ),
+    ("Unable to find a tensor in the passed args and kwargs", lambda: call_for_per_sample_grads(mlp())(3)),
+    (
+        "found at least one input with batch size",
+        lambda: call_for_per_sample_grads(nn.Bilinear(2, 2, 2))(torch.ones(3, 2), torch.ones(2, 2)),
+    ),
+    (
+        "found at least one input with batch size",
+        lambda: call_for_per_sample_grads(Called(lambda m, x, y: x))(torch.ones(3, 2), y=torch.ones(2, 2)),
+    ),
+    ("batch size", lambda: call_for_per_sample_grads(mlp(), batch_size=5)(batch(3, 4)).sum().backward()),
+]
+
+
+@pytest.mark.parametrize(("phrase", "call"), ARGUMENTS, ids=[phrase for phrase, _ in ARGUMENTS])
+def test_arguments_are_checked(phrase, call):
+    with pytest.raises(RuntimeError, match=phrase):
+        call()
+
+
+def test_arguments_are_keywords_only():
+    with pytest.raises(TypeError):
+        call_for_per_sample_grads(mlp(), 3)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_rows_of_an_earlier_call_are_refused(backward):
+    model, x = mlp(), batch(3, 4)
+    wrapped = call_for_per_sample_grads(model)
+    wrapped(x).sum().backward()
+    with pytest.raises(RuntimeError, match="clear out the grad_sample"):
+        wrapped(x) if backward else call_for_per_sample_grads(model)
+
+
+def test_rows_of_two_backwards_are_never_added():
+    model = mlp()
+    first, second = (call_for_per_sample_grads(model)(batch(3, 4)).sum() for _ in range(2))
+    first.backward()
+    rows = [p.grad_sample.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="grad_sample"):
+        second.backward()
+    for p, each in zip(model.parameters(), rows, strict=True):
+        close(p.grad_sample, each)
+
+
+def test_two_calls_in_one_backward_add_up():
+    model, x, y = mlp(), batch(3, 4), batch(3, 4)
+    expected = manual(3, lambda i: (model(x[i]) * model(y[i])).sum().sin(), list(model.parameters()))
+    one, two = call_for_per_sample_grads(model)(x), call_for_per_sample_grads(model)(y)
+    (one * two).sum(1).sin().sum().backward()
+    for p, rows in zip(model.parameters(), expected, strict=True):
+        close(p.grad_sample, rows)
