@@ -458,7 +458,7 @@ class Broken(TensorDataset):
 """
     file.write_text(file.read_text() + broken)
     line = refused(capsys, file, "--num-workers", "1", "--batch-size", "8")
-    assert f"{file}:32: ValueError: bad file" in line
+    assert f"{file}:31: ValueError: bad file" in line
 
 
 def test_directories_that_cannot_be_written(tmp_path, file, capsys):

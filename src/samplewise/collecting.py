@@ -75,7 +75,9 @@ class Collector:
         new = [Use(name, op, how) for name in sorted(source.names)]
         for use in new:
             # a derived tensor's pull-back waits for the end
-            self._expected[use.parameter] = self._expected.get(use.parameter, 0) + (1 if source.edge is None else math.inf)
+            self._expected[use.parameter] = self._expected.get(use.parameter, 0) + (
+                1 if source.edge is None else math.inf
+            )
         self.uses += new
         return new
 

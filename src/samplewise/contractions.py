@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Letters = tuple[str, ...]
@@ -27,6 +28,14 @@ class Contraction:
     def rows_first(self, sample: str) -> tuple[tuple[Letters, ...], Letters]:
         """The letters once the axis `sample` of every operand that has it, and of the result, is moved to the front."""
         return tuple(_front(names, sample) for names in self.letters), _front(self.result, sample)
+
+
+def contract(equation: Sequence[Letters], operands: Sequence[Tensor], alpha: complex = 1) -> Tensor:
+    """The canonical op that every product is recorded as: letters of each operand, then those of the result."""
+    names = sorted({name for letters in equation for name in letters})
+    spelled = ["".join(string.ascii_letters[names.index(name)] for name in letters) for letters in equation]
+    product = torch.einsum(f"{','.join(spelled[:-1])}->{spelled[-1]}", list(operands))
+    return product if alpha == 1 else alpha * product
 
 
 def _front(names: Letters, sample: str) -> Letters:
@@ -103,7 +112,9 @@ def einsum(equation: str, *operands: Tensor | Sequence[Tensor], path: object = N
 def _einsum(equation: str, operands: Sequence[Tensor]) -> Contraction:
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    dots = max((x.ndim - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True) if "..." in t), default=0)
+    dots = max(
+        (x.ndim - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True) if "..." in t), default=0
+    )
     letters = tuple(_spelled(t, x.ndim, dots) for t, x in zip(terms, operands, strict=True))
     if arrow:
         return Contraction(tuple(operands), letters, _spelled(right, len(right.replace("...", "")) + dots, dots))

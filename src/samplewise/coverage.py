@@ -46,11 +46,19 @@ class Coverage:
         """A readable table."""
         head = ("parameter", "uses", "op", "how", "factor", "share")
         body = [
-            (row.parameter, str(row.uses), *(", ".join(part) or "-" for part in (row.op, row.how, row.structure)), f"{row.share:.1%}")
+            (
+                row.parameter,
+                str(row.uses),
+                *(", ".join(part) or "-" for part in (row.op, row.how, row.structure)),
+                f"{row.share:.1%}",
+            )
             for row in self.rows
         ]
         widths = [max(len(line[k]) for line in [head, *body]) for k in range(len(head))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body])
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *body]
+        )
 
 
 @dataclass(frozen=True)

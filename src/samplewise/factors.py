@@ -36,30 +36,30 @@ class Factor(ABC):
 
     def sq_norms(self) -> Tensor:
         """Squared Frobenius norms, `(n,)`, accumulated in float32 or better."""
-        return wide(self.to_dense()).flatten(1).square().sum(1)
+        return flat(wide(self.to_dense())).square().sum(1)
 
     def inner(self, other: "Factor") -> Tensor:
         """Inner products sample by sample, `(n,)`."""
-        return (wide(self.to_dense()) * wide(other.to_dense())).flatten(1).sum(1)
+        return flat(wide(self.to_dense()) * wide(other.to_dense())).sum(1)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """`sum_n weights[n] grad[n]`, of shape `shape`."""
         dense = self.to_dense()
-        return (weights.to(dense.dtype) @ dense.flatten(1)).reshape(self.shape)
+        return (weights.to(dense.dtype) @ flat(dense)).reshape(self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
         """`<grad[n], direction>`, `(n,)`; `direction` has shape `shape`."""
         dense = wide(self.to_dense())
-        return dense.flatten(1) @ direction.to(dense.dtype).flatten()
+        return flat(dense) @ direction.to(dense.dtype).flatten()
 
     def gram(self, other: "Factor") -> Tensor:
         """`<grad[n], other[m]>`, `(n, m)`."""
-        return wide(self.to_dense()).flatten(1) @ wide(other.to_dense()).flatten(1).T
+        return flat(wide(self.to_dense())) @ flat(wide(other.to_dense())).T
 
     def project(self, matrix: Tensor) -> Tensor:
         """`sum over shape of grad[n] matrix[k]`, `(n, k)`; `matrix` is `(k, *shape)`."""
         dense = wide(self.to_dense())
-        return dense.flatten(1) @ matrix.to(dense.dtype).flatten(1).T
+        return flat(dense) @ flat(matrix.to(dense.dtype)).T
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Convolution(Factor):
         i = math.prod(self.shape[1:])
         if t * (o + i) <= o * i:
             return self.unfold().sq_norms()
-        return torch.cat([wide(part.to_dense()).flatten(1).square().sum(1) for part in self._chunks()])
+        return torch.cat([flat(wide(part.to_dense())).square().sum(1) for part in self._chunks()])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scale = weights.to(self.grad.dtype).reshape(-1, *[1] * (self.grad.ndim - 1))
@@ -412,6 +412,11 @@ def add(factors: Sequence[Factor]) -> Factor:
 def positions(x: Tensor) -> Tensor:
     """`(n, ..., o)` as one group of positions, `(n, 1, t, o)`."""
     return x.reshape(x.shape[0], 1, math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def flat(x: Tensor) -> Tensor:
+    """`(n, ...)` as a matrix of n rows."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
 
 
 def wide(x: Tensor) -> Tensor:

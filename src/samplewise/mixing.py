@@ -9,10 +9,10 @@ from torch import Size, Tensor
 from torch.utils._pytree import tree_map
 
 from .collecting import Shared, Source, Use
-from .contractions import CONTRACTIONS, Contraction
+from .contractions import CONTRACTIONS, Contraction, contract
 from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor
-from .registry import RULES, Operation, Rule
+from .registry import RULES, Operation, Rule, operation
 from .sample_axis import ALIGNED, Axis, Call, Lost, follow, tensors_in, through_index
 from .taps import Enter, Factors, Grads, Tap
 
@@ -31,7 +31,9 @@ def mix(recording: "Recording", func: Function, op: Operation, call: Call, share
             "Expand and clone it over the samples and write there, or write out of place."
         )
     if call.kwargs.get("out") is not None:
-        raise UnsupportedOpError(f"{call.name}: `out=` cannot be recorded with {_names(recording, shared)}. Use the result instead.")
+        raise UnsupportedOpError(
+            f"{call.name}: `out=` cannot be recorded with {_names(recording, shared)}. Use the result instead."
+        )
     if op.name == "setitem":
         return _assign(recording, func, call, shared)
     if op.name in ALIGNED:
@@ -163,7 +165,9 @@ class Slot:
 
 def _bind(rule: Rule, call: Call) -> dict[str, Any]:
     if len(call.args) > len(rule.arguments):
-        raise UnsupportedOpError(f"{call.name}: called with {len(call.args)} arguments, its rule knows {', '.join(rule.arguments)}")
+        raise UnsupportedOpError(
+            f"{call.name}: called with {len(call.args)} arguments, its rule knows {', '.join(rule.arguments)}"
+        )
     arguments = {**dict(zip(rule.arguments, call.args, strict=False)), **call.kwargs}
     unknown = set(arguments) - set(rule.arguments)
     if unknown:
@@ -216,13 +220,19 @@ def _tap(
 
     def factors(grads: Grads, saved: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
         rows = [None if g is None else axis.rows(g) for g, axis in zip(grads, places, strict=True)]
-        results = [axis.rows(x) for x, axis in zip(saved[-len(outs) :], places, strict=True)] if keeps_out else [None] * len(outs)
+        results = (
+            [axis.rows(x) for x, axis in zip(saved[-len(outs) :], places, strict=True)]
+            if keeps_out
+            else [None] * len(outs)
+        )
         filled = tree_map(lambda x: x.filled(saved) if isinstance(x, Slot) else x, held)
         single = len(outs) == 1
         try:
             found = rule.function(rows[0] if single else rows, results[0] if single else results, **filled)
         except NotImplementedError as error:
-            raise UnsupportedOpError(f"{error} (parameter {', '.join(use.parameter for uses_ in uses for use in uses_)})") from error
+            raise UnsupportedOpError(
+                f"{error} (parameter {', '.join(use.parameter for uses_ in uses for use in uses_)})"
+            ) from error
         return [
             (source, use, _checked(call, found, name, k, source).regroup(call.n))
             for (name, k, source), use in zip(sources, uses, strict=True)
@@ -275,7 +285,9 @@ def _contract(recording: "Recording", func: Function, call: Call, shared: list[T
     """A matrix product, einsum and the like: outer products of the result's gradient with the other operands."""
     product = CONTRACTIONS[call.name](call.args, call.kwargs)
     if any(len(set(names)) < len(names) for names in product.letters):
-        return _fall_back(recording, func, Operation(call.name, inplace=False, source=None, plain_property=False), call, shared)
+        return _fall_back(
+            recording, func, Operation(call.name, inplace=False, source=None, plain_property=False), call, shared
+        )
     letter, axis, rows = _sample_letter(recording, call, product, shared)
     new: dict[int, Tensor] = {}
     if product.addend is not None and any(product.addend is x for x in shared):
@@ -298,7 +310,7 @@ def _contract(recording: "Recording", func: Function, call: Call, shared: list[T
     }
     letters, result = product.rows_first(letter)
     arguments = {"equation": (*letters, result), "operands": operands, "alpha": product.alpha}
-    return _tap(recording, call, RULES["einsum"], arguments, axes, rest, out)
+    return _tap(recording, call, RULES[operation(contract).name], arguments, axes, rest, out)
 
 
 def _sample_letter(
@@ -333,7 +345,9 @@ def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call
             "Register one with `samplewise.rule`, or allow the fallback."
         )
     if op.inplace:
-        raise UnsupportedOpError(f"{call.name}: has no rule, and an in-place op cannot be run sample by sample. Use it out of place.")
+        raise UnsupportedOpError(
+            f"{call.name}: has no rule, and an in-place op cannot be run sample by sample. Use it out of place."
+        )
     copies = [_copies(recording, call, x) for x in shared]
     batched = [(x, axis) for x, axis in call.placed()]
     stacks = [_per_sample(x, axis, call.n) for x, axis in batched]
@@ -346,7 +360,9 @@ def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call
     with torch.no_grad():
         plain = func(*call.args, **call.kwargs)
     if not isinstance(plain, Tensor):
-        raise UnsupportedOpError(f"{call.name}: has no rule, and the fallback knows ops with one tensor as result only.")
+        raise UnsupportedOpError(
+            f"{call.name}: has no rule, and the fallback knows ops with one tensor as result only."
+        )
     try:
         each = torch.func.vmap(one, randomness="different")(*copies, *stacks)
     except (RuntimeError, ValueError, NotImplementedError):
@@ -374,7 +390,9 @@ def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:
 
 def _joined(recording: "Recording", call: Call, plain: Tensor, each: Tensor, shared: list[Tensor]) -> Tensor:
     """The samples' results put together as the op itself would; refused where they are not the op's."""
-    differ = [d for d in range(plain.ndim) if plain.shape[d] != each.shape[d + 1]] if plain.ndim == each.ndim - 1 else []
+    differ = (
+        [d for d in range(plain.ndim) if plain.shape[d] != each.shape[d + 1]] if plain.ndim == each.ndim - 1 else []
+    )
     where = follow(call, plain)
     dim = differ[0] if len(differ) == 1 else where.dim if call.n == 1 and isinstance(where, Axis) else None
     if dim is not None:

@@ -57,7 +57,9 @@ class Record:
         """
         n, dim = self._recording.n, dim % tensor.ndim
         if n is not None and tensor.shape[dim] != n:
-            raise ValueError(f"batched: axis {dim} of a tensor of shape {tuple(tensor.shape)} has not the batch size {n}")
+            raise ValueError(
+                f"batched: axis {dim} of a tensor of shape {tuple(tensor.shape)} has not the batch size {n}"
+            )
         self._recording.declare(tensor, Axis(dim))
         return tensor
 
@@ -76,7 +78,9 @@ class Record:
         """
         recording = self._recording
         if not recording._open:  # noqa: SLF001
-            raise SamplewiseError("backward: the recording is closed. Call `rec.backward(losses)` inside the `with record(...)` block.")
+            raise SamplewiseError(
+                "backward: the recording is closed. Call `rec.backward(losses)` inside the `with record(...)` block."
+            )
         with torch._C.DisableTorchFunction():  # noqa: SLF001
             self._check(losses)
         recording.backward(losses, retain_graph=retain_graph)
@@ -84,7 +88,9 @@ class Record:
     def _check(self, losses: Tensor) -> None:
         n, where = self._recording.n, self._recording.where(losses)
         if n is None:
-            raise SampleAxisError("backward: no model was run in this recording, so the batch size is unknown. Give `batch_size`.")
+            raise SampleAxisError(
+                "backward: no model was run in this recording, so the batch size is unknown. Give `batch_size`."
+            )
         if losses.shape != (n,):
             raise ValueError(
                 f"backward: expected one loss per sample, shape ({n},), got {tuple(losses.shape)}. "
@@ -125,7 +131,9 @@ class Record:
             squares = {name: factor.sq_norms() for name, factor in self.factors().items()}
             if by is None:
                 return total_norms(squares, self._n(), self._like())
-            return {name: squares[name].sqrt() if name in squares else self._zeros() for name in self._recording.parameters}
+            return {
+                name: squares[name].sqrt() if name in squares else self._zeros() for name in self._recording.parameters
+            }
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """`sum_n weights[n] grad[n]`, as `{name: shape}`; `weights` is `(n,)`.
@@ -181,7 +189,10 @@ class Record:
         with torch._C.DisableTorchFunction():  # noqa: SLF001
             if isinstance(projection, GaussianProjection):
                 size = projection.size
-                rows = ((factor, projection.matrix(name, factor.shape).to(self._like().device)) for name, factor in factors.items())
+                rows = (
+                    (factor, projection.matrix(name, factor.shape).to(self._like().device))
+                    for name, factor in factors.items()
+                )
             else:
                 self._check_names("project", {name: matrix[0] for name, matrix in projection.items()})
                 size = next(iter(projection.values())).shape[0]
@@ -209,14 +220,17 @@ class Record:
         """The found gradients in the parameters' own types, zeros for the others, in the model's order."""
         parameters = self._recording.parameters
         return {
-            name: found[name].to(p.dtype) if name in found else p.new_zeros(*leading, *p.shape) for name, p in parameters.items()
+            name: found[name].to(p.dtype) if name in found else p.new_zeros(*leading, *p.shape)
+            for name, p in parameters.items()
         }
 
     def _check_names(self, call: str, given: Mapping[str, Tensor]) -> None:
         for name, tensor in given.items():
             expected = self._recording.parameters.get(name)
             if expected is None or expected.shape != tensor.shape:
-                wanted = "no such trainable parameter" if expected is None else f"expected shape {tuple(expected.shape)}"
+                wanted = (
+                    "no such trainable parameter" if expected is None else f"expected shape {tuple(expected.shape)}"
+                )
                 raise ValueError(f"{call}: '{name}' of shape {tuple(tensor.shape)}: {wanted}")
 
 

@@ -77,7 +77,9 @@ class Recording(TorchFunctionMode):
         """Become the active mode."""
         stack = torch.overrides._get_current_function_mode_stack()  # noqa: SLF001
         if any(isinstance(mode, Recording) and mode is not self for mode in stack):
-            raise SamplewiseError("record: another recording is active here, and recordings do not nest. Close the outer one first.")
+            raise SamplewiseError(
+                "record: another recording is active here, and recordings do not nest. Close the outer one first."
+            )
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

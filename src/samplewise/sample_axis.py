@@ -419,7 +419,9 @@ def concatenated(call: Call, out: Tensor) -> Where:
 def stacked(call: Call, out: Tensor) -> Where:
     placed = {axis for _, axis in call.placed()}
     if len(placed) > 1:
-        raise SampleAxisError(_conflict(call, call.placed()[0][0], next(x for x, a in call.placed() if a != call.placed()[0][1])))
+        raise SampleAxisError(
+            _conflict(call, call.placed()[0][0], next(x for x, a in call.placed() if a != call.placed()[0][1]))
+        )
     (axis,) = placed
     return Axis(axis.dim + (axis.dim >= _dim(out, call.get(1, "dim", 0))), axis.outer, axis.inner)
 
@@ -446,10 +448,16 @@ def through_index(call: Call, x: Tensor, index: object, out: Tensor) -> Where:
     place = 0 if together else len(wide)
     for k, (source, item) in enumerate(items):
         if isinstance(item, Tensor):
-            found |= _axis_of_index(call, item, axis if source == _dim_of(axis) else None, len(wide), place if together else 0)
+            found |= _axis_of_index(
+                call, item, axis if source == _dim_of(axis) else None, len(wide), place if together else 0
+            )
             place += len(wide) * (together and k == advanced[-1])
         elif isinstance(axis, Axis) and source == axis.dim:
-            if not isinstance(item, slice) or len(range(*item.indices(x.shape[source]))) != x.shape[source] or (item.step or 1) != 1:
+            if (
+                not isinstance(item, slice)
+                or len(range(*item.indices(x.shape[source]))) != x.shape[source]
+                or (item.step or 1) != 1
+            ):
                 return Lost(call.name)
             found.add(Axis(place, axis.outer, axis.inner))
         place += item is None or isinstance(item, slice)
@@ -469,7 +477,9 @@ def _axis_of_index(call: Call, index: Tensor, axis: Axis | None, width: int, pla
         return found
     # x[arange(n), ...]: row i of the result takes row i of x
     rows = torch.arange(call.n, device=index.device)
-    straight = [d for d in range(index.ndim) if index.shape[d] == call.n == index.numel() and index.flatten().equal(rows)]
+    straight = [
+        d for d in range(index.ndim) if index.shape[d] == call.n == index.numel() and index.flatten().equal(rows)
+    ]
     return found | ({Axis(straight[0] + shift)} if straight and (axis.outer, axis.inner) == (1, 1) else {None})
 
 
@@ -615,14 +625,18 @@ SEVERAL: dict[str, Several] = {
     "getitem": indexed,
     "scaled_dot_product_attention": batch_dims,
     "cdist": distances,
-    **dict.fromkeys(["gather", "scatter", "scatter_add", "scatter_reduce", "index_fill", "index_select"], broadcast_along(1)),
+    **dict.fromkeys(
+        ["gather", "scatter", "scatter_add", "scatter_reduce", "index_fill", "index_select"], broadcast_along(1)
+    ),
     "take_along_dim": broadcast_along(2),
     "masked_scatter": lambda call, _: Lost(call.name),
     "cross": broadcast_along(2, -1),
     "linalg_cross": broadcast_along(2, -1),
     **dict.fromkeys(["cosine_similarity", "pairwise_distance"], similarity),
     **dict.fromkeys(["cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d"], class_loss),
-    **dict.fromkeys(["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"], elementwise_loss(2)),
+    **dict.fromkeys(
+        ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"], elementwise_loss(2)
+    ),
     **dict.fromkeys(["binary_cross_entropy", "hinge_embedding_loss"], elementwise_loss(3)),
     **dict.fromkeys(["binary_cross_entropy_with_logits", "margin_ranking_loss"], elementwise_loss(4)),
     "cosine_embedding_loss": elementwise_loss(4, gone=1),
@@ -630,7 +644,10 @@ SEVERAL: dict[str, Several] = {
 }
 
 SINGLE: dict[str, Single] = {
-    **dict.fromkeys("view reshape flatten unflatten ravel view_as reshape_as unsafe_view view_as_real view_as_complex".split(), reshaped),
+    **dict.fromkeys(
+        "view reshape flatten unflatten ravel view_as reshape_as unsafe_view view_as_real view_as_complex".split(),
+        reshaped,
+    ),
     "permute": permuted,
     **dict.fromkeys(["transpose", "swapaxes", "swapdims"], swapped),
     **dict.fromkeys(["t", "mT", "mH", "adjoint"], turned),
@@ -647,29 +664,43 @@ SINGLE: dict[str, Single] = {
         reduced(),
     ),
     **dict.fromkeys(["linalg_vector_norm", "norm", "kthvalue", "quantile", "nanquantile"], reduced(2)),
-    **dict.fromkeys(["softmax", "log_softmax", "safe_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"], along()),
+    **dict.fromkeys(
+        ["softmax", "log_softmax", "safe_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"], along()
+    ),
     **dict.fromkeys(["sort", "argsort", "glu"], along(1, -1)),
     "msort": along(99, 0),
     **dict.fromkeys(["topk", "diff"], along(2, -1)),
     "roll": along(2),
-    **dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], along(2, 0)),
+    **dict.fromkeys(
+        ["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], along(2, 0)
+    ),
     **dict.fromkeys(["narrow", "unfold"], along(1)),
     **dict.fromkeys("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft".split(), along(2, -1)),
     **dict.fromkeys(["select"], removed()),
     "unbind": removed(1, 0),
     "flip": flipped,
     "diagonal": diagonal,
-    **dict.fromkeys(["tril", "triu", "matrix_exp", "linalg_matrix_exp", "inverse", "linalg_inv", "det", "logdet"], before_last(2)),
-    **dict.fromkeys(["linalg_det", "linalg_slogdet", "cholesky", "linalg_cholesky", "linalg_qr", "im2col", "col2im"], before_last(2)),
+    **dict.fromkeys(
+        ["tril", "triu", "matrix_exp", "linalg_matrix_exp", "inverse", "linalg_inv", "det", "logdet"], before_last(2)
+    ),
+    **dict.fromkeys(
+        ["linalg_det", "linalg_slogdet", "cholesky", "linalg_cholesky", "linalg_qr", "im2col", "col2im"], before_last(2)
+    ),
     "diag_embed": before_last(1),
     "multinomial": before_last(1),
     "one_hot": before_last(0),
     "layer_norm": before_last(_normalized_dims),
     "rms_norm": before_last(_normalized_dims),
     **dict.fromkeys(["pad", "constant_pad_nd"], before_last(_padded_dims)),
-    **dict.fromkeys("avg_pool1d max_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d".split(), before_last(1)),
-    **dict.fromkeys("avg_pool2d max_pool2d max_pool2d_with_indices adaptive_avg_pool2d adaptive_max_pool2d".split(), before_last(2)),
-    **dict.fromkeys("avg_pool3d max_pool3d max_pool3d_with_indices adaptive_avg_pool3d adaptive_max_pool3d".split(), before_last(3)),
+    **dict.fromkeys(
+        "avg_pool1d max_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d".split(), before_last(1)
+    ),
+    **dict.fromkeys(
+        "avg_pool2d max_pool2d max_pool2d_with_indices adaptive_avg_pool2d adaptive_max_pool2d".split(), before_last(2)
+    ),
+    **dict.fromkeys(
+        "avg_pool3d max_pool3d max_pool3d_with_indices adaptive_avg_pool3d adaptive_max_pool3d".split(), before_last(3)
+    ),
     **dict.fromkeys("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle".split(), before_last(3)),
     **dict.fromkeys(
         """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d

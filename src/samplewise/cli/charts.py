@@ -25,40 +25,34 @@ STYLE: dict[Any, Any] = {
     "xtick.color": QUIET,
     "ytick.color": QUIET,
 }
-RING: dict[str, Any] = {"s": 34, "facecolors": "none", "edgecolors": INK, "linewidths": 0.6}
-
 Values = npt.NDArray[np.float64]
 
 
-def norm_histogram(table: ScoreTable, suspects: Collection[int]) -> str:
-    """How gradient norms are spread, and where the suspects lie."""
+def norm_histogram(table: ScoreTable, marked: Collection[int], name: str) -> str:
+    """How gradient norms are spread, and where the marked samples lie."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes("gradient norm", "samples")
         norms = _positive(table.columns["grad_norm"])
         bins = np.geomspace(norms.min(), norms.max() * 1.0001, 50).tolist()
-        chosen = norms[list(suspects)]
         axes.hist(norms, bins=bins, color=BLUE, label="all samples")
-        axes.hist(chosen, bins=bins, color=RED, label="suspects")
+        axes.hist(norms[list(marked)], bins=bins, color=RED, label=name)
         axes.set_xscale("log")
         axes.legend()
         return _svg(figure)
 
 
-def loss_against_norm(table: ScoreTable, suspects: Collection[int]) -> str:
-    """Every sample by loss and gradient norm; the suspects stand out."""
+def loss_against_norm(table: ScoreTable, marked: Collection[int], name: str) -> str:
+    """Every sample by loss and gradient norm; the marked ones stand out."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes("loss", "gradient norm")
         losses, norms = table.columns["loss"], _positive(table.columns["grad_norm"])
-        if bool((losses >= 0).all()):
-            axes.set_xscale("log")
-        x = _positive(losses) if axes.get_xscale() == "log" else losses.numpy()
+        x = _positive(losses) if bool((losses >= 0).all()) else losses.numpy()
+        axes.set_xscale("log" if bool((losses >= 0).all()) else "linear")
         axes.set_yscale("log")
         # Points are drawn as one picture, so that the report stays small however many samples there are.
-        axes.scatter(x, norms, s=7, color=BLUE, alpha=0.35, linewidths=0, rasterized=True, label="all samples")
-        chosen, known = list(suspects), table.mislabelled
-        axes.scatter(x[chosen], norms[chosen], s=16, color=RED, linewidths=0, rasterized=True, label="suspects")
-        if known:
-            axes.scatter(x[known], norms[known], **RING, rasterized=True, label="known wrong labels")
+        axes.scatter(x, norms, s=8, color=BLUE, alpha=0.35, linewidths=0, rasterized=True, label="all samples")
+        chosen = list(marked)
+        axes.scatter(x[chosen], norms[chosen], s=14, color=RED, alpha=0.8, linewidths=0, rasterized=True, label=name)
         axes.legend(loc="lower right")
         return _svg(figure)
 

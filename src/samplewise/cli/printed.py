@@ -19,8 +19,8 @@ def show(summary: Summary, scores: ScoreTable) -> None:
     console.print(f"\n{summary.name}: {summary.samples:,} samples", style="bold", markup=False)
     console.print(f"  parameters  {summary.coverage.describe()}", markup=False)
     console.print(
-        f"  top 1 %     the {share.samples:,} largest gradients hold {share.norm:.1%} of the summed norms, "
-        f"{share.squared_norm:.1%} of the summed squared norms\n"
+        f"  top 1 %     {share.samples:,} of {summary.samples:,} samples hold {share.norm:.1%} of the summed gradient "
+        f"norms, {share.squared_norm:.1%} of the summed squared norms\n"
     )
     console.print(_quantiles(summary))
     console.print(_suspects(summary, scores))
@@ -32,7 +32,7 @@ def show(summary: Summary, scores: ScoreTable) -> None:
 
 def suspect_cells(suspect: Suspect, scores: ScoreTable) -> dict[str, str]:
     """A suspect's row, `{title: text}`, with the columns its task has."""
-    cells = {"sample": f"{suspect.index:,}"}
+    cells = {"sample": str(suspect.index)}
     if suspect.target is not None and suspect.prediction is not None:
         cells |= {
             "label": scores.class_name(suspect.target),

@@ -17,6 +17,7 @@ from .table import ScoreTable
 
 # The report has room for more suspects than a terminal.
 MORE_SUSPECTS = 4
+MOST_GROUPS = 12
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,35 @@ def render(table: ScoreTable, task: ScoreTask, summary: Summary, facts: Facts, t
     """The whole page."""
     ranked = list(dict.fromkeys([summary.ranked_by, "grad_norm"]))
     sections = [_section(table, task, score, top * MORE_SUSPECTS) for score in ranked]
-    marked = [row.index for row in suspects(table, summary.ranked_by, top * MORE_SUSPECTS)]
+    marked, marked_name = _marked(table, summary, top)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         summary=summary,
         sections=sections,
-        histogram=Markup(charts.norm_histogram(table, marked)),  # noqa: S704  (our own drawing)
-        scatter=Markup(charts.loss_against_norm(table, marked)),  # noqa: S704
+        histogram=Markup(charts.norm_histogram(table, marked, marked_name)),  # noqa: S704  (our own drawing)
+        scatter=Markup(charts.loss_against_norm(table, marked, marked_name)),  # noqa: S704
         facts=_flat(facts),
         titles=TITLES,
         quantile_names=list(QUANTILES),
+        group_shares=_largest(summary.group_shares),
         known=len(table.mislabelled),
     )
+
+
+def _marked(table: ScoreTable, summary: Summary, top: int) -> tuple[list[int], str]:
+    """What the charts point out: the truth where it is known, else the suspects."""
+    if table.mislabelled:
+        return table.mislabelled, "labels known to be wrong"
+    return [row.index for row in suspects(table, summary.ranked_by, top * MORE_SUSPECTS)], "suspects"
+
+
+def _largest(shares: dict[str, float]) -> dict[str, float]:
+    """The largest groups in the model's order, the others as one."""
+    kept = sorted(shares, key=lambda group: -shares[group])[:MOST_GROUPS]
+    others = len(shares) - len(kept)
+    rest = {f"{others} others": sum(shares.values()) - sum(shares[group] for group in kept)} if others else {}
+    return {group: share for group, share in shares.items() if group in kept} | rest
 
 
 def _section(table: ScoreTable, task: ScoreTask, score: str, count: int) -> Section:

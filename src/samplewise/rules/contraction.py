@@ -1,19 +1,18 @@
 """Every matrix product, bilinear form and einsum, from the letters of its operands."""
 
-import string
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from samplewise.contractions import Letters
+from samplewise.contractions import Letters, contract
 from samplewise.factors import Dense, Factor, Outer
 from samplewise.registry import rule
 
 
-@rule(torch._C._VariableFunctions.einsum, saves={"operands": ["operands"]})  # type: ignore[attr-defined]  # noqa: SLF001
-def einsum(
+@rule(contract, saves={"operands": ["operands"]})
+def contraction(
     grad: Tensor, out: None, equation: Sequence[Letters], operands: Sequence[Tensor], alpha: complex = 1
 ) -> dict[str, list[Callable[[], Factor]]]:
     # out[n,...] = alpha sum operands[0][...] operands[1][...] ...: the gradient of one is the contraction of grad with the others
@@ -26,7 +25,9 @@ def _operand(grad: Tensor, result: Letters, k: int, letters: Sequence[Letters], 
     """The factor of operand `k`: its letters found in the result and the other operands, n (the first of the result) aside."""
     sample, sizes = result[0], _sizes(grad, result, letters, operands)
     own = tuple(a for a, size in zip(letters[k], operands[k].shape, strict=True) if size == sizes[a])
-    others = [_without_ones(x, names, sizes) for j, (x, names) in enumerate(zip(operands, letters, strict=True)) if j != k]
+    others = [
+        _without_ones(x, names, sizes) for j, (x, names) in enumerate(zip(operands, letters, strict=True)) if j != k
+    ]
     g, i = _groups(own, set(result), {a for _, names in others for a in names})
     o = tuple(a for a in own if a not in {*g, *i})
     t = tuple(a for a in result[1:] if a not in own and any(a in names for _, names in others))
@@ -69,10 +70,8 @@ def _without_ones(x: Tensor, names: Letters, sizes: dict[str, int]) -> tuple[Ten
 
 def _arranged(factors: Sequence[tuple[Tensor, Letters]], wanted: Letters, sizes: dict[str, int]) -> Tensor:
     """The product of tensors with the wanted letters: others summed, missing ones expanded."""
-    every = sorted({a for _, names in factors for a in names})
-    short = dict(zip(every, string.ascii_letters, strict=False))
-    present = [a for a in wanted if a in short]
-    spelled = ",".join("".join(short[a] for a in names) for _, names in factors)
-    product = torch.einsum(f"{spelled}->{''.join(short[a] for a in present)}", [x for x, _ in factors])
-    shape = [sizes[a] if a in short else 1 for a in wanted]
+    every = {a for _, names in factors for a in names}
+    present = tuple(a for a in wanted if a in every)
+    product = contract((*(names for _, names in factors), present), [x for x, _ in factors])
+    shape = [sizes[a] if a in every else 1 for a in wanted]
     return product.reshape(shape).expand([sizes[a] for a in wanted])

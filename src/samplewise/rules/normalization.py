@@ -74,7 +74,9 @@ def instance_norm(
     # out[n,c,t] = weight[c] x[n,c,t] + bias[c], x standardised over t, or by the running statistics
     if use_input_stats:
         # the running statistics are updated in the forward, once: not here
-        return _channels(grad, lambda: torch.instance_norm(input, None, None, None, None, True, momentum, eps, cudnn_enabled))
+        return _channels(
+            grad, lambda: torch.instance_norm(input, None, None, None, None, True, momentum, eps, cudnn_enabled)
+        )
     return _channels(grad, lambda: _by_running(input, running_mean, running_var, eps))
 
 
