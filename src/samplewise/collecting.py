@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .factors import Dense, Factor, Pulled, add
+from .factors import Factor, Pulled, add
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ class Collector:
         new = [Use(name, op, how) for name in sorted(source.names)]
         for use in new:
             # a derived tensor's pull-back waits for the end
-            self._expected[use.parameter] = self._expected.get(use.parameter, 0) + (
-                1 if source.edge is None else math.inf
-            )
+            self._expected[use.parameter] = self._expected.get(use.parameter, 0) + (1 if source.edge is None else math.inf)
         self.uses += new
         return new
 
@@ -118,8 +116,7 @@ class Collector:
 
     def _pulled(self, source: Source, factor: Factor, name: str) -> Factor:
         parameter = self.parameters[name]
-        pulled = Pulled(factor, lambda rows: self._pull(source, rows, parameter), source.isometric, parameter.shape)
-        return pulled if source.isometric else Dense(pulled.to_dense()) if factor.n <= 1 else pulled
+        return Pulled(factor, lambda rows: self._pull(source, rows, parameter), source.isometric, parameter.shape)
 
     def _pull(self, source: Source, rows: Tensor, parameter: nn.Parameter) -> Tensor:
         """Batched vector-Jacobian product of the derivation, `(m, *source.shape) -> (m, *parameter.shape)`."""
@@ -135,14 +132,14 @@ def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter) 
     if not len(rows):
         return parameter.new_zeros(0, *parameter.shape)
 
-    def pull(grad: Tensor, *, batched: bool) -> Tensor | None:
-        return torch.autograd.grad(
+    def pull(grad: Tensor, *, batched: bool) -> Tensor:
+        found = torch.autograd.grad(
             [edge], [parameter], [grad], retain_graph=True, allow_unused=True, is_grads_batched=batched
         )[0]
+        return parameter.new_zeros(*grad.shape[:batched], *parameter.shape) if found is None else found
 
     try:
-        grads = pull(rows, batched=True)
+        return pull(rows, batched=True)
     except RuntimeError:
         # an op of the derivation that vmap does not know
-        grads = torch.stack([pull(row, batched=False) for row in rows])  # type: ignore[arg-type, list-item]
-    return parameter.new_zeros(len(rows), *parameter.shape) if grads is None else grads
+        return torch.stack([pull(row, batched=False) for row in rows])

@@ -112,9 +112,7 @@ def einsum(equation: str, *operands: Tensor | Sequence[Tensor], path: object = N
 def _einsum(equation: str, operands: Sequence[Tensor]) -> Contraction:
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    dots = max(
-        (x.ndim - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True) if "..." in t), default=0
-    )
+    dots = max((x.ndim - len(t.replace("...", "")) for t, x in zip(terms, operands, strict=True) if "..." in t), default=0)
     letters = tuple(_spelled(t, x.ndim, dots) for t, x in zip(terms, operands, strict=True))
     if arrow:
         return Contraction(tuple(operands), letters, _spelled(right, len(right.replace("...", "")) + dots, dots))

@@ -56,8 +56,7 @@ class Coverage:
         ]
         widths = [max(len(line[k]) for line in [head, *body]) for k in range(len(head))]
         return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [head, *body]
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
         )
 
 

@@ -269,12 +269,13 @@ class Convolution(Factor):
         weight = grad.new_empty(1).expand(self.shape[0] * folds, *self.shape[1:])
         zeros = [0] * (grad.ndim - 2)
         settings = (self.stride, self.padding, self.dilation, False, zeros, self.groups * folds)
-        return torch.ops.aten.convolution_backward(grad, input, weight, None, *settings, [False, True, False])[1]
+        gradient: Tensor = torch.ops.aten.convolution_backward(grad, input, weight, None, *settings, [False, True, False])[1]
+        return gradient
 
     def _chunks(self) -> Iterator["Convolution"]:
         size = _chunk_size(math.prod(self.shape) * self.grad.element_size())
-        for grad, input in zip(self.grad.split(size), self.input.split(size), strict=True):
-            yield Convolution(grad, input, self.shape, self.stride, self.padding, self.dilation, self.groups)
+        for grad, x in zip(self.grad.split(size), self.input.split(size), strict=True):
+            yield Convolution(grad, x, self.shape, self.stride, self.padding, self.dilation, self.groups)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ import torch
 from torch import Size, Tensor
 from torch.utils._pytree import tree_map
 
+from .alignment import through_index
+from .axes import Axis, Call, Lost, tensors_in
 from .collecting import Shared, Source, Use
 from .contractions import CONTRACTIONS, Contraction, contract
 from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor
 from .registry import RULES, Operation, Rule, operation
-from .sample_axis import ALIGNED, Axis, Call, Lost, follow, tensors_in, through_index
-from .taps import Enter, Factors, Grads, Tap
+from .sample_axis import ALIGNED, follow
+from .taps import Enter, Grads, Tap
 
 if TYPE_CHECKING:
     from .recording import Recording
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 Function = Callable[..., Any]
 
 
-def mix(recording: "Recording", func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:  # noqa: ANN401
+def mix(recording: "Recording", func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """Run a call in which shared tensors meet batched ones, so that their per-sample gradients are collected."""
     _refuse_lost(recording, call, shared)
     if op.inplace and any(call.args[0] is x for x in shared):
@@ -67,8 +69,8 @@ def _names(recording: "Recording", shared: list[Tensor]) -> str:
 
 def _replaced(call: Call, new: Mapping[int, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments with some tensors, given by id, replaced."""
-    swap = tree_map(lambda x: new.get(id(x), x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
-    return swap  # type: ignore[no-any-return]
+    args, kwargs = tree_map(lambda x: new.get(id(x), x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+    return args, kwargs
 
 
 def _source(recording: "Recording", tensor: Tensor) -> Source:
@@ -80,7 +82,7 @@ def _source(recording: "Recording", tensor: Tensor) -> Source:
 # --- entering: the shared tensor becomes a batched one, and the op runs as it is ----------------------------------------------
 
 
-def _enter_aligned(recording: "Recording", func: Function, call: Call, shared: list[Tensor]) -> Any:  # noqa: ANN401
+def _enter_aligned(recording: "Recording", func: Function, call: Call, shared: list[Tensor]) -> Any:
     """An op whose operands align from the right: its own broadcasting gives every sample its gradient."""
     x, axis = call.placed()[0]
     ndim = max(t.ndim for t in call.tensors)
@@ -90,7 +92,7 @@ def _enter_aligned(recording: "Recording", func: Function, call: Call, shared: l
     return func(*args, **kwargs)
 
 
-def _assign(recording: "Recording", func: Function, call: Call, shared: list[Tensor]) -> Any:  # noqa: ANN401
+def _assign(recording: "Recording", func: Function, call: Call, shared: list[Tensor]) -> Any:
     """`target[index] = value` with a shared value."""
     target, index, value = call.args
     part = target.detach()[index]
@@ -130,7 +132,7 @@ def enter(recording: "Recording", call: Call, tensor: Tensor, axis: Axis, ndim: 
         return [(source, uses, Dense(dense.reshape(len(dense), *source.shape)).regroup(call.n))]
 
     value = value if own else value.expand(*value.shape[:dim], rows, *value.shape[dim + 1 :])
-    entered: Tensor = Enter.apply(recording, factors, recording.anchor, value)  # type: ignore[no-untyped-call]
+    entered: Tensor = Enter.run(recording, factors, recording.anchor, value)
     recording.declare(entered, placed)
     return entered
 
@@ -186,7 +188,7 @@ def _slots(arguments: Mapping[str, Any]) -> Iterator[tuple[str, int | None, Tens
 
 def _by_rule(
     recording: "Recording", func: Function, call: Call, rule: Rule, arguments: dict[str, Any], shared: list[Tensor]
-) -> Any:  # noqa: ANN401
+) -> Any:
     """Run the op on detached parameters and tap its results."""
     args, kwargs = _replaced(call, {id(x): x.detach() for x in shared})
     out = func(*args, **kwargs)
@@ -201,13 +203,13 @@ def _tap(
     arguments: dict[str, Any],
     axes: Mapping[int, Axis],
     shared: list[Tensor],
-    out: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
+    out: Any,
+) -> Any:
     out = tree_map(lambda x: _no_view(x) if isinstance(x, Tensor) else x, out)
     outs = [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
     places = [_placed(recording, call, x, shared) for x in outs]
     wanted = [(name, k, x) for name, k, x in _slots(arguments) if any(x is s for s in shared)]
-    needed, saved = rule.saved_for({name for name, _, _ in wanted}), []
+    needed, saved = rule.saved_for({name for name, _, _ in wanted}), list[Tensor]()
     slots: dict[int, Slot] = {}
     for name, _, x in _slots(arguments):
         keep = name in needed
@@ -221,9 +223,7 @@ def _tap(
     def factors(grads: Grads, saved: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
         rows = [None if g is None else axis.rows(g) for g, axis in zip(grads, places, strict=True)]
         results = (
-            [axis.rows(x) for x, axis in zip(saved[-len(outs) :], places, strict=True)]
-            if keeps_out
-            else [None] * len(outs)
+            [axis.rows(x) for x, axis in zip(saved[-len(outs) :], places, strict=True)] if keeps_out else [None] * len(outs)
         )
         filled = tree_map(lambda x: x.filled(saved) if isinstance(x, Slot) else x, held)
         single = len(outs) == 1
@@ -239,15 +239,16 @@ def _tap(
         ]
 
     extra = outs if keeps_out else []
-    tapped = Tap.apply(recording, factors, recording.anchor, len(outs), *outs, *saved, *extra)  # type: ignore[no-untyped-call]
-    new = dict(zip(map(id, outs), tapped if len(outs) > 1 else [tapped], strict=True))
+    tapped = Tap.run(recording, factors, recording.anchor, outs, [*saved, *extra])
+    new = dict(zip(map(id, outs), tapped, strict=True))
     return tree_map(lambda x: new.get(id(x), x) if isinstance(x, Tensor) else x, out)
 
 
 def _no_view(out: Tensor) -> Tensor:
     """The same memory, known to autograd as a tensor of its own: in-place ops may follow a tap, but not on a view."""
     # a 3-D F.linear with bias returns a view of its 2-D product
-    return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out  # type: ignore[no-any-return]  # noqa: SLF001
+    own: Tensor = torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out  # noqa: SLF001
+    return own
 
 
 def _placed(recording: "Recording", call: Call, out: Tensor, shared: list[Tensor]) -> Axis:
@@ -281,13 +282,11 @@ def _checked(call: Call, found: Mapping[str, Any], name: str, place: int | None,
 # --- contractions -------------------------------------------------------------------------------------------------------------
 
 
-def _contract(recording: "Recording", func: Function, call: Call, shared: list[Tensor]) -> Any:  # noqa: ANN401
+def _contract(recording: "Recording", func: Function, call: Call, shared: list[Tensor]) -> Any:
     """A matrix product, einsum and the like: outer products of the result's gradient with the other operands."""
     product = CONTRACTIONS[call.name](call.args, call.kwargs)
     if any(len(set(names)) < len(names) for names in product.letters):
-        return _fall_back(
-            recording, func, Operation(call.name, inplace=False, source=None, plain_property=False), call, shared
-        )
+        return _fall_back(recording, func, Operation(call.name, inplace=False, source=None, plain_property=False), call, shared)
     letter, axis, rows = _sample_letter(recording, call, product, shared)
     new: dict[int, Tensor] = {}
     if product.addend is not None and any(product.addend is x for x in shared):
@@ -313,9 +312,7 @@ def _contract(recording: "Recording", func: Function, call: Call, shared: list[T
     return _tap(recording, call, RULES[operation(contract).name], arguments, axes, rest, out)
 
 
-def _sample_letter(
-    recording: "Recording", call: Call, product: Contraction, shared: list[Tensor]
-) -> tuple[str, Axis, int]:
+def _sample_letter(recording: "Recording", call: Call, product: Contraction, shared: list[Tensor]) -> tuple[str, Axis, int]:
     """The letter of the sample axis, how samples lie on it, and its size."""
     for x, names in zip(product.operands, product.letters, strict=True):
         axis = call.where(x)
@@ -337,7 +334,7 @@ def _sample_letter(
 # --- fallback -----------------------------------------------------------------------------------------------------------------
 
 
-def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:  # noqa: ANN401
+def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """An op without a rule: run it sample by sample, each on its own copy of the parameter, vectorised where possible."""
     if recording.fallback == "error":
         raise UnsupportedOpError(
@@ -352,7 +349,7 @@ def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call
     batched = [(x, axis) for x, axis in call.placed()]
     stacks = [_per_sample(x, axis, call.n) for x, axis in batched]
 
-    def one(*pieces: Tensor) -> Any:  # noqa: ANN401
+    def one(*pieces: Tensor) -> Any:
         new = dict(zip([id(x) for x in [*shared, *(x for x, _ in batched)]], pieces, strict=True))
         args, kwargs = _replaced(call, new)
         return func(*args, **kwargs)
@@ -360,9 +357,7 @@ def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call
     with torch.no_grad():
         plain = func(*call.args, **call.kwargs)
     if not isinstance(plain, Tensor):
-        raise UnsupportedOpError(
-            f"{call.name}: has no rule, and the fallback knows ops with one tensor as result only."
-        )
+        raise UnsupportedOpError(f"{call.name}: has no rule, and the fallback knows ops with one tensor as result only.")
     try:
         each = torch.func.vmap(one, randomness="different")(*copies, *stacks)
     except (RuntimeError, ValueError, NotImplementedError):
@@ -380,19 +375,18 @@ def _copies(recording: "Recording", call: Call, tensor: Tensor) -> Tensor:
         return [(source, uses, Dense(grads[0]))]
 
     copies = tensor.detach().expand(call.n, *tensor.shape)
-    return Enter.apply(recording, factors, recording.anchor, copies)  # type: ignore[no-any-return, no-untyped-call]
+    return Enter.run(recording, factors, recording.anchor, copies)
 
 
 def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:
     """`(n, *shape)`: what each sample has of `x`, its axis kept with `outer * inner` entries."""
-    return axis.rows(x).unflatten(0, (n, axis.outer * axis.inner)).movedim(1, axis.dim + 1)
+    grouped: Tensor = axis.rows(x).unflatten(0, (n, axis.outer * axis.inner))
+    return grouped.movedim(1, axis.dim + 1)
 
 
 def _joined(recording: "Recording", call: Call, plain: Tensor, each: Tensor, shared: list[Tensor]) -> Tensor:
     """The samples' results put together as the op itself would; refused where they are not the op's."""
-    differ = (
-        [d for d in range(plain.ndim) if plain.shape[d] != each.shape[d + 1]] if plain.ndim == each.ndim - 1 else []
-    )
+    differ = [d for d in range(plain.ndim) if plain.shape[d] != each.shape[d + 1]] if plain.ndim == each.ndim - 1 else []
     where = follow(call, plain)
     dim = differ[0] if len(differ) == 1 else where.dim if call.n == 1 and isinstance(where, Axis) else None
     if dim is not None:

@@ -27,4 +27,5 @@ class GaussianProjection:
         """The matrix for one parameter, `(k, *shape)`, float32, drawn on the CPU."""
         digest = hashlib.sha256(f"gaussian/1/{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.randn(self.size, *shape, generator=generator) / self.size**0.5
+        entries: Tensor = torch.randn(self.size, *shape, generator=generator)
+        return entries.div(self.size**0.5)

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import rules as rules  # fills the tables
+from . import rules as _rules  # noqa: F401  (fills the tables)
+from .axes import Axis
 from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
 from .factors import Dense, Factor
 from .projections import GaussianProjection
 from .recording import CONSTANT, Recording
-from .sample_axis import Axis
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -25,7 +25,7 @@ class Record:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
 
-    def __enter__(self) -> "Record":
+    def __enter__(self) -> Self:
         """Attach to the model."""
         self._recording.open()
         try:
@@ -35,12 +35,10 @@ class Record:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leave no mode, hook or attribute behind, whatever happened."""
         self._recording.close()
-        self._recording.__exit__(kind, error, trace)
+        self._recording.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     # --- saying what is what ------------------------------------------------------------------------------------------------
 
@@ -57,9 +55,7 @@ class Record:
         """
         n, dim = self._recording.n, dim % tensor.ndim
         if n is not None and tensor.shape[dim] != n:
-            raise ValueError(
-                f"batched: axis {dim} of a tensor of shape {tuple(tensor.shape)} has not the batch size {n}"
-            )
+            raise ValueError(f"batched: axis {dim} of a tensor of shape {tuple(tensor.shape)} has not the batch size {n}")
         self._recording.declare(tensor, Axis(dim))
         return tensor
 
@@ -131,9 +127,7 @@ class Record:
             squares = {name: factor.sq_norms() for name, factor in self.factors().items()}
             if by is None:
                 return total_norms(squares, self._n(), self._like())
-            return {
-                name: squares[name].sqrt() if name in squares else self._zeros() for name in self._recording.parameters
-            }
+            return {name: squares[name].sqrt() if name in squares else self._zeros() for name in self._recording.parameters}
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """`sum_n weights[n] grad[n]`, as `{name: shape}`; `weights` is `(n,)`.
@@ -190,8 +184,7 @@ class Record:
             if isinstance(projection, GaussianProjection):
                 size = projection.size
                 rows = (
-                    (factor, projection.matrix(name, factor.shape).to(self._like().device))
-                    for name, factor in factors.items()
+                    (factor, projection.matrix(name, factor.shape).to(self._like().device)) for name, factor in factors.items()
                 )
             else:
                 self._check_names("project", {name: matrix[0] for name, matrix in projection.items()})
@@ -228,9 +221,7 @@ class Record:
         for name, tensor in given.items():
             expected = self._recording.parameters.get(name)
             if expected is None or expected.shape != tensor.shape:
-                wanted = (
-                    "no such trainable parameter" if expected is None else f"expected shape {tuple(expected.shape)}"
-                )
+                wanted = "no such trainable parameter" if expected is None else f"expected shape {tuple(expected.shape)}"
                 raise ValueError(f"{call}: '{name}' of shape {tuple(tensor.shape)}: {wanted}")
 
 

@@ -6,20 +6,23 @@ gradients are in `rules`.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .alignment import written
+from .axes import Axis, Call, Lost, Where, tensors_in
 from .collecting import Collector, Shared
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 from .factors import Factor
 from .mixing import mix
 from .registry import EXPANSIONS, Operation, operation
-from .sample_axis import EXPANDS, MOVES, Axis, Call, Lost, Where, follow, tensors_in, written
+from .sample_axis import EXPANDS, MOVES, follow
 from .taps import Factors, Grads
 
 CONSTANT = "constant"
@@ -47,7 +50,7 @@ class Recording(TorchFunctionMode):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.collector = Collector(self.parameters, consume)
         self.anchor = torch.zeros((), requires_grad=True)
-        self._anchor_node = self.anchor.expand(1).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        self._anchor_node = get_gradient_edge(self.anchor).node
         self._kinds = WeakIdKeyDictionary()
         self._handles: list[Any] = []
         self._open = False
@@ -73,7 +76,7 @@ class Recording(TorchFunctionMode):
         self._handles.clear()
         self._open = False
 
-    def __enter__(self) -> "Recording":
+    def __enter__(self) -> Self:
         """Become the active mode."""
         stack = torch.overrides._get_current_function_mode_stack()  # noqa: SLF001
         if any(isinstance(mode, Recording) and mode is not self for mode in stack):
@@ -145,10 +148,10 @@ class Recording(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG002
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Run one call: composites through their source, everything else with its sample axis followed."""
         kwargs, op = kwargs or {}, operation(func)
         if op.plain_property:
@@ -171,7 +174,7 @@ class Recording(TorchFunctionMode):
         self._mark(op, call, out, shared)
         return out
 
-    def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor]) -> None:  # noqa: ANN401
+    def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor]) -> None:
         """Note what the results, or the target of an in-place op, are now."""
         inplace = op.inplace and bool(call.args) and isinstance(call.args[0], Tensor)
         for tensor in [call.args[0]] if inplace else tensors_in(out):
@@ -199,7 +202,7 @@ class Recording(TorchFunctionMode):
 
     def belongs(self) -> bool:
         """Whether the backward now running is one that would fill the parameters' gradients."""
-        return torch._C._will_engine_execute_node(self._anchor_node)  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001
+        return torch._C._will_engine_execute_node(self._anchor_node)  # noqa: SLF001
 
     def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Run the backward pass from a vector of losses, one per sample."""

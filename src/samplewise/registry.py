@@ -146,9 +146,7 @@ _INPLACE_DUNDERS = frozenset({"__setitem__", "__iand__", "__ior__", "__ixor__", 
 def _free_key(op: Callable[..., Any]) -> str:
     key = operation(op).name
     if key in RULES or key in EXPANSIONS:
-        raise ValueError(
-            f"{key} already has a rule or an expansion; each op has one place where its gradient is written"
-        )
+        raise ValueError(f"{key} already has a rule or an expansion; each op has one place where its gradient is written")
     operation.cache_clear()
     return key
 

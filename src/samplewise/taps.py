@@ -1,4 +1,4 @@
-"""The two places where a recording touches the autograd graph: on an op's results, and on a parameter that enters row by row."""
+"""The two places where a recording touches the autograd graph: an op's results, and a parameter that enters row by row."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -22,11 +22,21 @@ class Collects(Protocol):
 
 
 class Tap(torch.autograd.Function):
-    """Identity on an op's results; its backward hands their gradients to the recording."""
+    """Identity on an op's results; its backward hands their gradients to the recording.
+
+    `mark_dirty` lets in-place ops follow. What the rule needs is kept by `save_for_backward`, so that version checks, saved-tensor
+    hooks and release after the backward hold as in plain PyTorch.
+    """
 
     @staticmethod
-    def forward(ctx: Any, recording: Collects, factors: Factors, anchor: Tensor, count: int, *tensors: Tensor) -> Any:  # noqa: ANN401
-        """Pass the first `count` tensors on and keep the others; `anchor` requires grad, so that every result does."""
+    def run(recording: Collects, factors: Factors, anchor: Tensor, outs: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+        """Tap results; `anchor` requires grad, so that each of them does."""
+        tapped = Tap.apply(recording, factors, anchor, len(outs), *outs, *saved)  # type: ignore[no-untyped-call]
+        return list(tapped) if len(outs) > 1 else [tapped]
+
+    @staticmethod
+    def forward(ctx: Any, recording: Collects, factors: Factors, _: Tensor, count: int, *tensors: Tensor) -> Any:
+        """Pass the first `count` tensors on and keep the others."""
         ctx.mark_dirty(*tensors[:count])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[count:])
@@ -34,7 +44,7 @@ class Tap(torch.autograd.Function):
         return tensors[:count] if count > 1 else tensors[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Collect, and pass the gradients through."""
         saved = ctx.saved_tensors
         ctx.recording.collect(ctx.factors, grads, saved)
@@ -45,13 +55,19 @@ class Enter(torch.autograd.Function):
     """Identity on a detached shared tensor that meets the samples row by row; what comes back are its rows' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, recording: Collects, factors: Factors, anchor: Tensor, tensor: Tensor) -> Tensor:  # noqa: ANN401
+    def run(recording: Collects, factors: Factors, anchor: Tensor, tensor: Tensor) -> Tensor:
+        """Let a tensor enter."""
+        entered: Tensor = Enter.apply(recording, factors, anchor, tensor)  # type: ignore[no-untyped-call]
+        return entered
+
+    @staticmethod
+    def forward(ctx: Any, recording: Collects, factors: Factors, _: Tensor, tensor: Tensor) -> Tensor:
         """Pass the tensor on."""
         ctx.recording, ctx.factors = recording, factors
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> Any:
         """Collect; nothing goes further."""
         ctx.recording.collect(ctx.factors, (grad,), ())
         return None, None, None, None

@@ -1,6 +1,6 @@
 """The judge: every quantity against a batch-of-one loop, and against itself on other batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable  # noqa: TC003
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,9 @@ class Report:
         if not self.failures:
             return f"{len(self.differences)} comparisons on samples {list(self.samples)} agree; largest relative error {self.worst:.1e}"
         lines = [
-            f"{d.quantity} of {d.parameter}: relative error {d.error:.1e}, tolerance {d.tolerance:.1e}"
-            for d in self.failures
+            f"{d.quantity} of {d.parameter}: relative error {d.error:.1e}, tolerance {d.tolerance:.1e}" for d in self.failures
         ]
-        return "\n".join(
-            [f"{len(lines)} of {len(self.differences)} comparisons differ from the batch-of-one loop:", *lines]
-        )
+        return "\n".join([f"{len(lines)} of {len(self.differences)} comparisons differ from the batch-of-one loop:", *lines])
 
 
 def verify(
@@ -147,9 +144,7 @@ def _difference(quantity: str, parameter: str, found: Tensor, expected: Tensor, 
 
 def _compare_rows(rec: Record, expected: Grads, chosen: list[int], tolerance: float) -> list[Difference]:
     found = rec.grads()
-    return [
-        _difference("gradient", f"'{name}'", found[name][chosen], rows, tolerance) for name, rows in expected.items()
-    ]
+    return [_difference("gradient", f"'{name}'", found[name][chosen], rows, tolerance) for name, rows in expected.items()]
 
 
 def _compare_quantities(rec: Record, expected: Grads, chosen: list[int], tolerance: float) -> list[Difference]:

@@ -74,9 +74,7 @@ def instance_norm(
     # out[n,c,t] = weight[c] x[n,c,t] + bias[c], x standardised over t, or by the running statistics
     if use_input_stats:
         # the running statistics are updated in the forward, once: not here
-        return _channels(
-            grad, lambda: torch.instance_norm(input, None, None, None, None, True, momentum, eps, cudnn_enabled)
-        )
+        return _channels(grad, lambda: torch.instance_norm(input, None, None, None, None, True, momentum, eps, cudnn_enabled))
     return _channels(grad, lambda: _by_running(input, running_mean, running_var, eps))
 
 
@@ -99,7 +97,7 @@ def batch_norm(
 
 
 def _by_running(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> Tensor:
-    return torch.batch_norm(input, None, None, mean, var, False, 0.0, eps, False)  # noqa: FBT003
+    return torch.nn.functional.batch_norm(input, mean, var, eps=eps)
 
 
 def _channels(grad: Tensor, normalized: Callable[[], Tensor]) -> dict[str, object]:

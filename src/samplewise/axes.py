@@ -1,0 +1,88 @@
+"""What it means that an axis carries the samples, and a call of an op with its tensors' axes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Axis `dim` carries the samples: `shape[dim] == outer * n * inner`, sample index in the middle."""
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+    def owners(self, n: int) -> Tensor:
+        """The sample of each position, `(outer * n * inner,)`."""
+        return torch.arange(n).repeat_interleave(self.inner).repeat(self.outer)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` with the rows of axis `dim` first and the rows of one sample consecutive, `(n * outer * inner, ...)`."""
+        x = x.movedim(self.dim, 0)
+        if self.outer == 1 or not x.shape[0]:
+            return x
+        grouped: Tensor = x.unflatten(0, (self.outer, -1, self.inner))
+        return grouped.transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The samples were brought together by `op`."""
+
+    op: str
+    # a plain sum or mean over samples, and nothing but linear arithmetic since: it still splits into samples
+    linear: bool = False
+    # every sample has the same weight in it: false for a mean with class weights or ignored targets
+    uniform: bool = True
+
+
+Where = Axis | Lost
+
+
+@dataclass
+class Call:
+    """One call of an op: its arguments, its result, and where the sample axis of each tensor is."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    n: int
+    where: Callable[[Tensor], Where | None]
+    tensors: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensors = list(tensors_in(self.args[:1] if self.name in LENDING else (self.args, self.kwargs)))
+
+    def get(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or keyword (numpy's `axis` counts as `dim`)."""
+        if position < len(self.args):
+            return self.args[position]
+        alias = "axis" if name == "dim" else name
+        return self.kwargs.get(name, self.kwargs.get(alias, default))
+
+    def placed(self) -> list[tuple[Tensor, Axis]]:
+        """The tensors that carry the sample axis, with the axis."""
+        pairs = ((x, self.where(x)) for x in self.tensors)
+        return [(x, axis) for x, axis in pairs if isinstance(axis, Axis)]
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, slice):
+        yield from tensors_in((value.start, value.stop, value.step))
+
+
+# The second tensor only lends its shape or type.
+LENDING = frozenset({"type_as", "view_as", "reshape_as", "expand_as", "to"})

@@ -1,0 +1,203 @@
+"""Where the sample axis goes in ops on one tensor: reshapes, permutations, reductions, slices.
+
+Each function is one family of ops: `(call, x, axis, out)` are the call, its tensor, the tensor's sample axis and a result.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from .axes import Axis, Call, Lost, Where
+
+Single = Callable[[Call, Tensor, Axis, Tensor], Where]
+
+
+def reshaped(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
+    """Any order-preserving reshape: the sample index advances once every `inner * prod(shape[dim+1:])` elements."""
+    return through_reshape(axis, call.n, x.shape, out.shape) or Lost(call.name)
+
+
+def through_reshape(axis: Axis, n: int, old: Size, new: Size) -> Axis | None:
+    """Where the sample axis is after an order-preserving reshape; None where it is lost."""
+    step = axis.inner * math.prod(old[axis.dim + 1 :])
+    if n == 0:
+        return _empty_reshape(axis, step, new)
+    if n == 1:
+        return _single_reshape(step, new)
+    below = 1
+    for dim in reversed(range(len(new))):
+        reach = new[dim] * below
+        if reach > step:
+            whole = step % below == 0 and reach % (step * n) == 0
+            return Axis(dim, reach // (step * n), step // below) if whole else None
+        below = reach
+    return None
+
+
+def _single_reshape(step: int, new: Size) -> Axis | None:
+    """With one sample every axis is right; this takes the one that a batch of two would have, where the sizes tell."""
+    below = [math.prod(new[dim + 1 :]) for dim in range(len(new))]
+    exact = [dim for dim in range(len(new)) if below[dim] == step and new[dim] == 1]
+    beyond = [dim for dim in range(len(new)) if below[dim] * new[dim] > step]
+    dim = exact[0] if exact else beyond[-1] if beyond else 0
+    return Axis(dim, 1, new[dim]) if len(new) else None
+
+
+def _empty_reshape(axis: Axis, step: int, new: Size) -> Axis | None:
+    zeros = [dim for dim, size in enumerate(new) if size == 0]
+    below = math.prod(new[zeros[0] + 1 :]) if len(zeros) == 1 else 0
+    return Axis(zeros[0], axis.outer, step // below) if below and step % below == 0 else None
+
+
+def dim_of(x: Tensor, dim: int, extra: int = 0) -> int:
+    return dim % max(1, x.ndim + extra)
+
+
+def _dims(x: Tensor, dims: Any) -> set[int]:
+    if dims is None or (isinstance(dims, tuple | list) and not dims):
+        return set(range(x.ndim))
+    listed = dims if isinstance(dims, tuple | list) else [dims]
+    return {dim_of(x, int(d)) for d in listed}
+
+
+def _ints(call: Call, start: int, name: str) -> tuple[int, ...]:
+    """`op(x, 1, 2)`, `op(x, (1, 2))` or `op(x, dims=(1, 2))`."""
+    rest = call.args[start:] or (call.kwargs.get(name, ()),)
+    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
+
+
+def permuted(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    order = [dim_of(x, d) for d in _ints(call, 1, "dims")]
+    return Axis(order.index(axis.dim), axis.outer, axis.inner)
+
+
+def swapped(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    names = ("axis0", "axis1") if call.name == "swapaxes" else ("dim0", "dim1")
+    a, b = (dim_of(x, call.get(k, name)) for k, name in enumerate(names, 1))
+    return _swap(axis, a, b)
+
+
+def _swap(axis: Axis, a: int, b: int) -> Axis:
+    return Axis({a: b, b: a}.get(axis.dim, axis.dim), axis.outer, axis.inner)
+
+
+def turned(_: Call, x: Tensor, axis: Axis, __: Tensor) -> Where:
+    return _swap(axis, x.ndim - 1, x.ndim - 2) if x.ndim > 1 else axis
+
+
+def reversed_dims(_: Call, x: Tensor, axis: Axis, __: Tensor) -> Where:
+    return Axis(x.ndim - 1 - axis.dim, axis.outer, axis.inner)
+
+
+def dims_moved(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    source, destination = call.get(1, "source"), call.get(2, "destination")
+    probe = torch.empty(*range(1, x.ndim + 1), device="meta")
+    return Axis(list(torch.movedim(probe, source, destination).shape).index(axis.dim + 1), axis.outer, axis.inner)
+
+
+def squeezed(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
+    dims = call.get(1, "dim")
+    gone = {d for d in (range(x.ndim) if dims is None else _dims(x, dims)) if x.shape[d] == 1}
+    if axis.dim in gone:
+        return Lost(call.name) if call.n != 1 or not out.ndim else Axis(0, 1, out.shape[0])
+    return without(axis, gone)
+
+
+def unsqueezed(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    dim = dim_of(x, call.get(1, "dim"), extra=1)
+    return Axis(axis.dim + (axis.dim >= dim), axis.outer, axis.inner)
+
+
+def without(axis: Axis, gone: Iterable[int]) -> Axis:
+    return Axis(axis.dim - sum(d < axis.dim for d in gone), axis.outer, axis.inner)
+
+
+def expanded(_: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
+    return Axis(axis.dim + out.ndim - x.ndim, axis.outer, axis.inner)
+
+
+def tiled(_: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
+    dim = axis.dim + out.ndim - x.ndim
+    times = out.shape[dim] // x.shape[axis.dim] if x.shape[axis.dim] else 1
+    return Axis(dim, axis.outer * times, axis.inner)
+
+
+def repeated_each(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    times, dim = call.get(1, "repeats"), call.get(2, "dim")
+    if dim is None:
+        return Lost(call.name)
+    if dim_of(x, dim) != axis.dim:
+        return axis
+    return Axis(axis.dim, axis.outer, axis.inner * times) if isinstance(times, int) else Lost(call.name)
+
+
+def reduced(position: int = 1) -> Single:
+    """A reduction over the dims at argument `position`."""
+
+    def move(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
+        dims = call.get(position, "dim")
+        gone = _dims(x, None if isinstance(dims, bool) else dims)
+        if axis.dim in gone:
+            return Lost(call.name, linear=call.name in {"sum", "mean"})
+        return axis if out.ndim == x.ndim else without(axis, gone)
+
+    return move
+
+
+def along(position: int = 1, default: int | None = None) -> Single:
+    """An op that works along one or several dims and keeps the others."""
+
+    def move(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+        dims = call.get(position, "dim", call.kwargs.get("dims", default))
+        return Lost(call.name) if axis.dim in _dims(x, dims) else axis
+
+    return move
+
+
+def removed(position: int = 1, default: int = 0) -> Single:
+    """An op that takes one dim away: select, unbind."""
+
+    def move(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+        dim = dim_of(x, call.get(position, "dim", default))
+        return Lost(call.name) if dim == axis.dim else without(axis, [dim])
+
+    return move
+
+
+def flipped(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    return Lost(call.name) if axis.dim in _dims(x, _ints(call, 1, "dims")) else axis
+
+
+def diagonal(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    gone = {dim_of(x, call.get(2, "dim1", 0)), dim_of(x, call.get(3, "dim2", 1))}
+    return Lost(call.name) if axis.dim in gone else without(axis, gone)
+
+
+def before_last(count: int | Callable[[Call, Tensor], int]) -> Single:
+    """An op on the last `count` dims, row by row of the others."""
+
+    def move(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+        last = count if isinstance(count, int) else count(call, x)
+        return axis if axis.dim < x.ndim - last else Lost(call.name)
+
+    return move
+
+
+def first_only(call: Call, _: Tensor, axis: Axis, __: Tensor) -> Where:
+    """An op whose samples lie on axis 0 by definition."""
+    return axis if axis.dim == 0 else Lost(call.name)
+
+
+def normalized_dims(call: Call, _: Tensor) -> int:
+    return len(call.get(1, "normalized_shape"))
+
+
+def padded_dims(call: Call, _: Tensor) -> int:
+    return len(call.get(1, "pad")) // 2
+
+
+def after_channels(_: Call, x: Tensor) -> int:
+    return x.ndim - 2
