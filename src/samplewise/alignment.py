@@ -4,10 +4,11 @@ Each function is one family of ops: `(call, out)` are the call and a result.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from .axes import Axis, Call, Lost, Where
 from .contractions import CONTRACTIONS
@@ -21,7 +22,7 @@ def broadcast(call: Call, out: Tensor) -> Where:
     """Elementwise with broadcasting: dims align from the right, and all sample axes must fall on one place."""
     first: tuple[Tensor, Axis] | None = None
     for x, axis in call.placed():
-        moved = Axis(axis.dim + out.ndim - x.ndim, axis.outer, axis.inner)
+        moved = axis.at(axis.dim + out.ndim - x.ndim)
         if first is None:
             first = (x, moved)
         elif moved != first[1] and call.n != 1:
@@ -63,19 +64,19 @@ def batch_dims(call: Call, out: Tensor) -> Where:
 def contraction(call: Call, out: Tensor) -> Where:
     """Matrix products and einsum: the letter of the sample axis, looked up in the result."""
     product = CONTRACTIONS[call.name](call.args, call.kwargs)
-    found: dict[str, set[tuple[int, int]]] = {}
+    found: dict[str, set[Axis]] = {}
     for x, names in zip(product.operands, product.letters, strict=True):
         axis = call.where(x)
         if isinstance(axis, Axis):
-            found[names[axis.dim]] = {*found.get(names[axis.dim], ()), (axis.outer, axis.inner)}
+            found[names[axis.dim]] = {*found.get(names[axis.dim], ()), axis.at(0)}
     addend = None if product.addend is None else call.where(product.addend)
     if isinstance(addend, Axis) and product.addend is not None:
         name = product.result[addend.dim + out.ndim - product.addend.ndim]
-        found[name] = {*found.get(name, ()), (addend.outer, addend.inner)}
-    if len(found) != 1 or any(len(groups) > 1 for groups in found.values()):
+        found[name] = {*found.get(name, ()), addend.at(0)}
+    if len(found) != 1 or any(len(axes) > 1 for axes in found.values()):
         return Lost(call.name)
-    ((letter, groups),) = found.items()
-    return Axis(product.result.index(letter), *groups.pop()) if letter in product.result else Lost(call.name)
+    ((letter, axes),) = found.items()
+    return axes.pop().at(product.result.index(letter)) if letter in product.result else Lost(call.name)
 
 
 def distances(call: Call, out: Tensor) -> Where:
@@ -83,7 +84,7 @@ def distances(call: Call, out: Tensor) -> Where:
     placed = call.placed()
     x, axis = placed[0]
     if len(placed) == 1 and axis.dim == x.ndim - 2:
-        return Axis(out.ndim - (2 if x is call.tensors[0] else 1), axis.outer, axis.inner)
+        return axis.at(out.ndim - (2 if x is call.tensors[0] else 1))
     return batch_dims(call, out)
 
 
@@ -100,7 +101,7 @@ def stacked(call: Call, out: Tensor) -> Where:
             _conflict(call, call.placed()[0][0], next(x for x, a in call.placed() if a != call.placed()[0][1]))
         )
     (axis,) = placed
-    return Axis(axis.dim + (axis.dim >= dim_of(out, call.get(1, "dim", 0))), axis.outer, axis.inner)
+    return axis.at(axis.dim + (axis.dim >= dim_of(out, call.get(1, "dim", 0))))
 
 
 def looked_up(call: Call, _: Tensor) -> Where:
@@ -109,75 +110,111 @@ def looked_up(call: Call, _: Tensor) -> Where:
     return axis if isinstance(axis, Axis) and len(call.placed()) == 1 else Lost(call.name)
 
 
+def selected(call: Call, _: Tensor) -> Where:
+    """`index_select`: rows picked by an index keep their samples."""
+    x, index = call.args[0], call.get(2, "index")
+    axis, dim = call.where(x), dim_of(x, call.get(1, "dim"))
+    if not isinstance(axis, Axis):
+        return Lost(call.name)
+    if dim != axis.dim:
+        return axis if call.where(index) is None else Lost(call.name)
+    return Axis.of_rows(dim, axis.owners(call.n)[index.cpu()], call.n)
+
+
 def indexed(call: Call, out: Tensor) -> Where:
     """`x[index]` with integers, slices, None, Ellipsis and tensors."""
     return through_index(call, call.args[0], call.args[1], out)
 
 
-def through_index(call: Call, x: Tensor, index: object, out: Tensor) -> Where:
-    """Where the axis of `x[index]`, equal in shape to `out`, is."""
-    items = _full_index(x, index)
-    advanced = [k for k, (_, item) in enumerate(items) if isinstance(item, Tensor)]
-    wide = torch.broadcast_shapes(*(items[k][1].shape for k in advanced)) if advanced else Size()
-    together = not advanced or advanced == list(range(advanced[0], advanced[-1] + 1))
-    found: set[Axis] = set()
-    axis = call.where(x)
-    place = 0 if together else len(wide)
-    for k, (source, item) in enumerate(items):
-        if isinstance(item, Tensor):
-            found |= _axis_of_index(
-                call, item, axis if isinstance(axis, Axis) and source == axis.dim else None, len(wide), place if together else 0
-            )
-            place += len(wide) * (together and k == advanced[-1])
-        elif isinstance(axis, Axis) and source == axis.dim:
-            if (
-                not isinstance(item, slice)
-                or len(range(*item.indices(x.shape[source]))) != x.shape[source]
-                or (item.step or 1) != 1
-            ):
-                return Lost(call.name)
-            found.add(Axis(place, axis.outer, axis.inner))
-        place += item is None or isinstance(item, slice)
-    return found.pop() if len(found) == 1 and None not in found else Lost(call.name)
+@dataclass(frozen=True)
+class _Item:
+    """One entry of an index: what it takes from axis `source` (None adds an axis), and where its own samples are."""
+
+    source: int
+    taken: Any
+    where: Where | None = None
 
 
-def _axis_of_index(call: Call, index: Tensor, axis: Axis | None, width: int, place: int) -> set[Any]:
-    """The axes an index tensor brings to its place in the result; {None} where it scatters the samples."""
-    own = call.where(index)
-    shift = place + width - index.ndim
-    found: set[Any] = {Axis(own.dim + shift, own.outer, own.inner)} if isinstance(own, Axis) else set()
+def through_index(call: Call, x: Tensor, index: object, _: Tensor) -> Where:
+    """Where the sample axis of `x[index]` is."""
+    # integers are selected first, whatever stands between them
+    items = [item for item in _full_index(call, x, index) if not isinstance(item.taken, int)]
+    axis, picked = call.where(x), {item.source for item in items if item.taken is not None}
+    if isinstance(axis, Axis) and axis.dim not in picked:
+        return Lost(call.name)
+    tensors = [k for k, item in enumerate(items) if isinstance(item.taken, Tensor)]
+    width = max((items[k].taken.ndim for k in tensors), default=0)
+    together = not tensors or tensors == list(range(tensors[0], tensors[-1] + 1))
+    place, found = 0 if together else width, set[Axis | None]()
+    for k, item in enumerate(items):
+        mine = axis if isinstance(axis, Axis) and item.source == axis.dim and item.taken is not None else None
+        if isinstance(item.taken, Tensor):
+            found |= _axes_of_tensor(call, item, mine, (place if together else 0) + width - item.taken.ndim)
+            place += width * (together and k == tensors[-1])
+        else:
+            found |= {_through_slice(call, item.taken, mine, place)} if mine else set()
+            place += 1
+    where = found.pop() if len(found) == 1 else None
+    return where or Lost(call.name)
+
+
+def _through_slice(call: Call, part: slice, axis: Axis, place: int) -> Axis:
+    size = axis.size(call.n)
+    whole = range(*part.indices(size)) == range(size)
+    return axis.at(place) if whole else Axis.of_rows(place, axis.owners(call.n)[part], call.n)
+
+
+def _axes_of_tensor(call: Call, item: _Item, axis: Axis | None, place: int) -> set[Axis | None]:
+    """The axes that an index tensor, whose first dim is at `place` of the result, brings there; None: it scatters the samples."""
+    index, own = item.taken, item.where
+    found: set[Axis | None] = {own.at(own.dim + place)} if isinstance(own, Axis) else {None} if own and axis is None else set()
     if axis is None:
         return found
-    # x[arange(n), ...]: row i of the result takes row i of x
-    rows = torch.arange(call.n, device=index.device)
-    straight = [d for d in range(index.ndim) if index.shape[d] == call.n == index.numel() and index.flatten().equal(rows)]
-    return found | ({Axis(straight[0] + shift)} if straight and (axis.outer, axis.inner) == (1, 1) else {None})
+    # x[rows, ...]: each row taken keeps its sample
+    lines = [dim for dim in range(index.ndim) if index.shape[dim] == index.numel()]
+    owners = axis.owners(call.n)[index.flatten().cpu()]
+    return found | {Axis.of_rows(lines[0] + place, owners, call.n) if lines else None}
 
 
-def _full_index(x: Tensor, index: object) -> list[tuple[int, Any]]:
-    """(source dim, item) for every entry of the index, with the ellipsis and the missing dims written out."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    items = [torch.as_tensor(item, device=x.device) if isinstance(item, list) else item for item in items]
-    used = sum(0 if item is None or item is Ellipsis else _consumed(item) for item in items)
+def _full_index(call: Call, x: Tensor, index: object) -> list[_Item]:
+    """Every entry of an index, with the ellipsis and the missing dims written out, and masks as the positions they take."""
+    items = [_as_item(item) for item in (index if isinstance(index, tuple) else (index,))]
     if not any(item is Ellipsis for item in items):
         items.append(Ellipsis)
-    full: list[tuple[int, Any]] = []
+    hidden = x.ndim - sum(_consumed(item) for item in items)
+    full: list[_Item] = []
     source = 0
     for item in items:
         if item is Ellipsis:
-            full += [(source + k, slice(None)) for k in range(x.ndim - used)]
-            source += x.ndim - used
-        elif isinstance(item, Tensor) and item.dtype in {torch.bool, torch.uint8}:
-            full += [(source + k, part) for k, part in enumerate(item.nonzero(as_tuple=True))]
-            source += item.ndim
+            full += [_Item(source + k, slice(None)) for k in range(hidden)]
+            source += hidden
+        elif _is_mask(item):
+            full += _mask_items(call, item, source)
         else:
-            full.append((source, item))
-            source += item is not None
+            full.append(_Item(source, item, call.where(item) if isinstance(item, Tensor) else None))
+        source += _consumed(item)
     return full
 
 
+def _mask_items(call: Call, mask: Tensor, source: int) -> list[_Item]:
+    own, parts = call.where(mask), mask.nonzero(as_tuple=True)
+    if isinstance(own, Axis):
+        rows = Axis.of_rows(0, own.owners(call.n)[parts[own.dim].cpu()], call.n)
+        return [_Item(source + k, part, rows) for k, part in enumerate(parts)]
+    return [_Item(source + k, part, own) for k, part in enumerate(parts)]
+
+
+def _as_item(item: object) -> Any:
+    simple = item is None or item is Ellipsis or isinstance(item, slice | Tensor)
+    return item if simple or (isinstance(item, int) and not isinstance(item, bool)) else torch.as_tensor(item)
+
+
+def _is_mask(item: object) -> TypeGuard[Tensor]:
+    return isinstance(item, Tensor) and item.dtype in {torch.bool, torch.uint8}
+
+
 def _consumed(item: object) -> int:
-    return item.ndim if isinstance(item, Tensor) and item.dtype in {torch.bool, torch.uint8} else 1
+    return item.ndim if _is_mask(item) else int(item is not None and item is not Ellipsis)
 
 
 def written(call: Call) -> Where | None:
@@ -189,7 +226,7 @@ def written(call: Call) -> Where | None:
     if isinstance(brought, Lost):
         return brought
     part = target.detach()[index]
-    moved = Axis(brought.dim + part.ndim - value.ndim, brought.outer, brought.inner)
+    moved = brought.at(brought.dim + part.ndim - value.ndim)
     if held is not None:
         return held if through_index(call, target, index, part) == moved or call.n == 1 else Lost("setitem")
     fits = [axis for axis in map(Axis, range(target.ndim)) if _seen_under(call, axis, part) == moved]

@@ -1,7 +1,7 @@
 """What it means that an axis carries the samples, and a call of an op with its tensors' axes."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,23 +10,58 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Axis:
-    """Axis `dim` carries the samples: `shape[dim] == outer * n * inner`, sample index in the middle."""
+    """Axis `dim` carries the samples: `shape[dim] == outer * n * inner`, sample index in the middle.
+
+    Where the rows of a sample follow no such pattern (packed sequences), `ragged` names the sample of each row.
+    """
 
     dim: int
     outer: int = 1
     inner: int = 1
+    ragged: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of_rows(dim: int, owners: Tensor, n: int) -> "Axis":
+        """The axis whose rows belong to the given samples, `(rows,)`, as a pattern where there is one."""
+        if n and owners.numel() % n == 0 and owners.equal(torch.arange(n).repeat(owners.numel() // n)):
+            return Axis(dim, owners.numel() // n)
+        return Axis(dim, ragged=tuple(owners.tolist()))
+
+    def at(self, dim: int) -> "Axis":
+        """The same samples on another axis."""
+        return replace(self, dim=dim)
 
     def owners(self, n: int) -> Tensor:
-        """The sample of each position, `(outer * n * inner,)`."""
+        """The sample of each row, `(shape[dim],)`."""
+        if self.ragged is not None:
+            return torch.tensor(self.ragged, dtype=torch.long)
         return torch.arange(n).repeat_interleave(self.inner).repeat(self.outer)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """`x` with the rows of axis `dim` first and the rows of one sample consecutive, `(n * outer * inner, ...)`."""
+    def size(self, n: int) -> int:
+        """The number of rows."""
+        return self.outer * n * self.inner if self.ragged is None else len(self.ragged)
+
+    def rows(self, x: Tensor, n: int) -> Tensor:
+        """`x` with the rows of axis `dim` first and those of one sample consecutive, equally many for each.
+
+        `(n * outer * inner, ...)`; with ragged rows every sample is filled up to the longest by rows of zeros.
+        """
         x = x.movedim(self.dim, 0)
+        if self.ragged is not None:
+            return self._padded(x, n)
         if self.outer == 1 or not x.shape[0]:
             return x
         grouped: Tensor = x.unflatten(0, (self.outer, -1, self.inner))
         return grouped.transpose(0, 1).flatten(0, 2)
+
+    def _padded(self, x: Tensor, n: int) -> Tensor:
+        owners = self.owners(n).to(x.device)
+        counts = torch.bincount(owners, minlength=n)
+        longest = int(counts.max()) if n else 0
+        order = owners.argsort(stable=True)
+        place = torch.arange(len(owners), device=x.device) - (counts.cumsum(0) - counts)[owners[order]]
+        padded = x.new_zeros(n * longest, *x.shape[1:])
+        return padded.index_copy(0, owners[order] * longest + place, x[order])
 
 
 @dataclass(frozen=True)
@@ -52,6 +87,7 @@ class Call:
     kwargs: dict[str, Any]
     n: int
     where: Callable[[Tensor], Where | None]
+    inplace: bool = False
     tensors: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

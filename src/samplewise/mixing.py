@@ -27,6 +27,11 @@ Function = Callable[..., Any]
 def mix(recording: "Recording", func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """Run a call in which shared tensors meet batched ones, so that their per-sample gradients are collected."""
     _refuse_lost(recording, call, shared)
+    if any(x.is_complex() for x in call.tensors):
+        raise UnsupportedOpError(
+            f"{call.name}: per-sample gradients of {_names(recording, shared)} with complex tensors are not supported. Use real and "
+            "imaginary parts (torch.view_as_real) as two real tensors."
+        )
     if op.inplace and any(call.args[0] is x for x in shared):
         raise UnsupportedOpError(
             f"{call.name}: writes batched values in place into {_names(recording, shared)}, which all samples share. "
@@ -86,7 +91,7 @@ def _enter_aligned(recording: "Recording", func: Function, call: Call, shared: l
     """An op whose operands align from the right: its own broadcasting gives every sample its gradient."""
     x, axis = call.placed()[0]
     ndim = max(t.ndim for t in call.tensors)
-    frame = Axis(axis.dim + ndim - x.ndim, axis.outer, axis.inner)
+    frame = axis.at(axis.dim + ndim - x.ndim)
     new = {id(s): enter(recording, call, s, frame, ndim, x.shape[axis.dim]) for s in shared}
     args, kwargs = _replaced(call, new)
     return func(*args, **kwargs)
@@ -110,7 +115,7 @@ def enter(recording: "Recording", call: Call, tensor: Tensor, axis: Axis, ndim: 
     value, dim = tensor.detach(), axis.dim - (ndim - tensor.ndim)
     if dim < 0:
         value, dim = value.reshape(*[1] * -dim, *value.shape), 0
-    placed = Axis(dim, axis.outer, axis.inner)
+    placed = axis.at(dim)
     origin, kind = tensor, recording.kind(tensor)
     assert isinstance(kind, Shared)
     own = value.shape[dim] == rows != 1
@@ -128,7 +133,7 @@ def enter(recording: "Recording", call: Call, tensor: Tensor, axis: Axis, ndim: 
             return [(source, uses, Diagonal(grad.reshape(source.shape), owners, dim, call.n))]
         rest = [*[1] * (value.ndim - origin.ndim), *origin.shape]
         del rest[dim]
-        dense = _sum_to(placed.rows(grad), Size(rest))
+        dense = _sum_to(placed.rows(grad, call.n), Size(rest))
         return [(source, uses, Dense(dense.reshape(len(dense), *source.shape)).regroup(call.n))]
 
     value = value if own else value.expand(*value.shape[:dim], rows, *value.shape[dim + 1 :])
@@ -159,10 +164,13 @@ class Slot:
     place: int | Tensor  # among the saved tensors, or a meta tensor for a value the rule does not need
     axis: Axis | None
 
-    def filled(self, saved: Sequence[Tensor]) -> Tensor:
+    def filled(self, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Tensor:
         """The tensor as the rule sees it."""
         tensor = saved[self.place] if isinstance(self.place, int) else self.place
-        return tensor if self.axis is None else self.axis.rows(tensor)
+        if tensor.is_floating_point():
+            # under autocast an op computes in another type than its arguments have
+            tensor = tensor.to(dtype)
+        return tensor if self.axis is None else self.axis.rows(tensor, n)
 
 
 def _bind(rule: Rule, call: Call) -> dict[str, Any]:
@@ -221,11 +229,14 @@ def _tap(
     keeps_out = "out" in needed
 
     def factors(grads: Grads, saved: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
-        rows = [None if g is None else axis.rows(g) for g, axis in zip(grads, places, strict=True)]
+        rows = [None if g is None else axis.rows(g, call.n) for g, axis in zip(grads, places, strict=True)]
         results = (
-            [axis.rows(x) for x, axis in zip(saved[-len(outs) :], places, strict=True)] if keeps_out else [None] * len(outs)
+            [axis.rows(x, call.n) for x, axis in zip(saved[-len(outs) :], places, strict=True)]
+            if keeps_out
+            else [None] * len(outs)
         )
-        filled = tree_map(lambda x: x.filled(saved) if isinstance(x, Slot) else x, held)
+        dtype = next(g.dtype for g in grads if g is not None)
+        filled = tree_map(lambda x: x.filled(saved, call.n, dtype) if isinstance(x, Slot) else x, held)
         single = len(outs) == 1
         try:
             found = rule.function(rows[0] if single else rows, results[0] if single else results, **filled)
@@ -290,11 +301,11 @@ def _contract(recording: "Recording", func: Function, call: Call, shared: list[T
     letter, axis, rows = _sample_letter(recording, call, product, shared)
     new: dict[int, Tensor] = {}
     if product.addend is not None and any(product.addend is x for x in shared):
-        frame = Axis(product.result.index(letter), axis.outer, axis.inner)
+        frame = axis.at(product.result.index(letter))
         new[id(product.addend)] = enter(recording, call, product.addend, frame, len(product.result), rows)
     for x, names in zip(product.operands, product.letters, strict=True):
         if any(x is s for s in shared) and letter in names and x.shape[names.index(letter)] == rows != 1:
-            own = Axis(names.index(letter), axis.outer, axis.inner)
+            own = axis.at(names.index(letter))
             new[id(x)] = enter(recording, call, x, own, x.ndim, rows)
     rest = [x for x in shared if id(x) not in new]
     args, kwargs = _replaced(call, {**new, **{id(x): x.detach() for x in rest}})
@@ -303,7 +314,7 @@ def _contract(recording: "Recording", func: Function, call: Call, shared: list[T
         return out
     operands = [new.get(id(x), x) for x in product.operands]
     axes = {
-        id(x): Axis(names.index(letter), axis.outer, axis.inner)
+        id(x): axis.at(names.index(letter))
         for x, names in zip(operands, product.letters, strict=True)
         if letter in names and x.shape[names.index(letter)] == rows and not any(x is r for r in rest)
     }
@@ -380,7 +391,9 @@ def _copies(recording: "Recording", call: Call, tensor: Tensor) -> Tensor:
 
 def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:
     """`(n, *shape)`: what each sample has of `x`, its axis kept with `outer * inner` entries."""
-    grouped: Tensor = axis.rows(x).unflatten(0, (n, axis.outer * axis.inner))
+    if axis.ragged is not None:
+        raise UnsupportedOpError("the fallback cannot run packed rows sample by sample; pad the sequence, or register a rule")
+    grouped: Tensor = axis.rows(x, n).unflatten(0, (n, axis.outer * axis.inner))
     return grouped.movedim(1, axis.dim + 1)
 
 

@@ -17,7 +17,19 @@ Single = Callable[[Call, Tensor, Axis, Tensor], Where]
 
 def reshaped(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     """Any order-preserving reshape: the sample index advances once every `inner * prod(shape[dim+1:])` elements."""
+    if axis.ragged is not None:
+        return _ragged_reshape(call, axis, x.shape, out.shape)
     return through_reshape(axis, call.n, x.shape, out.shape) or Lost(call.name)
+
+
+def _ragged_reshape(call: Call, axis: Axis, old: Size, new: Size) -> Where:
+    """The same by example: reshape the owner of every element, and see on which axis it changes."""
+    owners = axis.owners(call.n).reshape(-1, *[1] * (len(old) - axis.dim - 1)).expand(old).reshape(new)
+    for dim in range(len(new)):
+        line = owners.movedim(dim, 0).flatten(1)[:, :1]
+        if len(line) > 1 and owners.movedim(dim, 0).flatten(1).equal(line.expand(len(line), owners.numel() // len(line))):
+            return Axis.of_rows(dim, line[:, 0], call.n)
+    return Lost(call.name)
 
 
 def through_reshape(axis: Axis, n: int, old: Size, new: Size) -> Axis | None:
@@ -71,7 +83,7 @@ def _ints(call: Call, start: int, name: str) -> tuple[int, ...]:
 
 def permuted(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
     order = [dim_of(x, d) for d in _ints(call, 1, "dims")]
-    return Axis(order.index(axis.dim), axis.outer, axis.inner)
+    return axis.at(order.index(axis.dim))
 
 
 def swapped(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
@@ -81,7 +93,7 @@ def swapped(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
 
 
 def _swap(axis: Axis, a: int, b: int) -> Axis:
-    return Axis({a: b, b: a}.get(axis.dim, axis.dim), axis.outer, axis.inner)
+    return axis.at({a: b, b: a}.get(axis.dim, axis.dim))
 
 
 def turned(_: Call, x: Tensor, axis: Axis, __: Tensor) -> Where:
@@ -89,13 +101,13 @@ def turned(_: Call, x: Tensor, axis: Axis, __: Tensor) -> Where:
 
 
 def reversed_dims(_: Call, x: Tensor, axis: Axis, __: Tensor) -> Where:
-    return Axis(x.ndim - 1 - axis.dim, axis.outer, axis.inner)
+    return axis.at(x.ndim - 1 - axis.dim)
 
 
 def dims_moved(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
     source, destination = call.get(1, "source"), call.get(2, "destination")
     probe = torch.empty(*range(1, x.ndim + 1), device="meta")
-    return Axis(list(torch.movedim(probe, source, destination).shape).index(axis.dim + 1), axis.outer, axis.inner)
+    return axis.at(list(torch.movedim(probe, source, destination).shape).index(axis.dim + 1))
 
 
 def squeezed(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
@@ -108,20 +120,22 @@ def squeezed(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
 
 def unsqueezed(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
     dim = dim_of(x, call.get(1, "dim"), extra=1)
-    return Axis(axis.dim + (axis.dim >= dim), axis.outer, axis.inner)
+    return axis.at(axis.dim + (axis.dim >= dim))
 
 
 def without(axis: Axis, gone: Iterable[int]) -> Axis:
-    return Axis(axis.dim - sum(d < axis.dim for d in gone), axis.outer, axis.inner)
+    return axis.at(axis.dim - sum(d < axis.dim for d in gone))
 
 
 def expanded(_: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
-    return Axis(axis.dim + out.ndim - x.ndim, axis.outer, axis.inner)
+    return axis.at(axis.dim + out.ndim - x.ndim)
 
 
 def tiled(_: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     dim = axis.dim + out.ndim - x.ndim
     times = out.shape[dim] // x.shape[axis.dim] if x.shape[axis.dim] else 1
+    if axis.ragged is not None:
+        return Axis(dim, ragged=axis.ragged * times)
     return Axis(dim, axis.outer * times, axis.inner)
 
 
@@ -131,14 +145,18 @@ def repeated_each(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
         return Lost(call.name)
     if dim_of(x, dim) != axis.dim:
         return axis
-    return Axis(axis.dim, axis.outer, axis.inner * times) if isinstance(times, int) else Lost(call.name)
+    whole = isinstance(times, int) and axis.ragged is None
+    return Axis(axis.dim, axis.outer, axis.inner * times) if whole else Lost(call.name)
 
 
 def reduced(position: int = 1) -> Single:
     """A reduction over the dims at argument `position`."""
 
     def move(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
-        dims = call.get(position, "dim")
+        dims = call.get(position, "dim", call.kwargs.get("other"))
+        if isinstance(dims, Tensor):
+            # torch.max(x, other) and its like are elementwise
+            return axis.at(axis.dim + out.ndim - x.ndim)
         gone = _dims(x, None if isinstance(dims, bool) else dims)
         if axis.dim in gone:
             return Lost(call.name, linear=call.name in {"sum", "mean"})
@@ -195,8 +213,17 @@ def normalized_dims(call: Call, _: Tensor) -> int:
     return len(call.get(1, "normalized_shape"))
 
 
-def padded_dims(call: Call, _: Tensor) -> int:
-    return len(call.get(1, "pad")) // 2
+def padded(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    """Padding, from the last dim backwards."""
+    pads = list(call.get(1, "pad"))
+    own = pads[2 * (x.ndim - 1 - axis.dim) :][:2]
+    return Lost(call.name) if any(own) else axis
+
+
+def last_diagonal(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+    """`diag_embed` onto the last two dims."""
+    plain = (call.get(2, "dim1", -2), call.get(3, "dim2", -1)) == (-2, -1)
+    return axis if plain and axis.dim < x.ndim - 1 else Lost(call.name)
 
 
 def after_channels(_: Call, x: Tensor) -> int:

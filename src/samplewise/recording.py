@@ -6,11 +6,12 @@ gradients are in `rules`.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -122,12 +123,25 @@ class Recording(TorchFunctionMode):
                 f"{type(self.model).__name__}: this recording already holds the gradients of a batch, and rows of two batches "
                 "are never added. Open a new recording for each batch, or run all forwards before the backward."
             )
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [x for x in tree_leaves((args, kwargs), is_leaf=_is_packed) if isinstance(x, Tensor)]
+        packed = [x for x in tree_leaves((args, kwargs), is_leaf=_is_packed) if _is_packed(x)]
         if self.n is None:
-            self.n = _common_size(self.model, inputs, self.batch_dim)
+            self.n = _common_size(self.model, inputs, packed, self.batch_dim)
+        for sequence in packed:
+            self._enter_packed(sequence)
         for x in inputs:
             if self._kinds.get(x) is None and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
                 self._kinds[x] = Axis(self.batch_dim)
+
+    def _enter_packed(self, sequence: PackedSequence) -> None:
+        """The rows of a packed sequence, and the orders that lead to it and back."""
+        sizes, n = sequence.batch_sizes.tolist(), self.n or 0
+        order = torch.arange(n) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
+        owners = torch.cat([order[:size] for size in sizes])
+        self._kinds[sequence.data] = Axis.of_rows(0, owners, n)
+        for x in (sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices):
+            if x is not None:
+                self._kinds[x] = CONSTANT
 
     def _guard(self, name: str) -> Callable[[Tensor], None]:
         recording = weakref.ref(self)
@@ -162,7 +176,7 @@ class Recording(TorchFunctionMode):
                 self._check_losses(args[0] if args else kwargs["tensors"])
             with self:
                 return inner(*args, **kwargs)
-        call = Call(op.name, args, kwargs, self.n or 0, self.where)
+        call = Call(op.name, args, kwargs, self.n or 0, self.where, op.inplace)
         shared = [x for x in call.tensors if isinstance(self.kind(x), Shared)]
         meeting = bool(shared) and any(self.where(x) is not None for x in call.tensors)
         if meeting and torch.is_grad_enabled():
@@ -264,8 +278,12 @@ def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (x for x in vars(module).values() if isinstance(x, Tensor))
 
 
-def _common_size(model: nn.Module, inputs: list[Tensor], dim: int) -> int:
-    sizes = sorted({x.shape[dim] for x in inputs if x.ndim > dim})
+def _is_packed(value: object) -> TypeGuard[PackedSequence]:
+    return isinstance(value, PackedSequence)
+
+
+def _common_size(model: nn.Module, inputs: list[Tensor], packed: list[PackedSequence], dim: int) -> int:
+    sizes = sorted({x.shape[dim] for x in inputs if x.ndim > dim} | {int(x.batch_sizes[0]) for x in packed})
     if len(sizes) != 1:
         found = f"sizes {', '.join(map(str, sizes))}" if sizes else "no tensor with such an axis"
         raise ValueError(

@@ -122,8 +122,12 @@ def through_source(function: types.FunctionType) -> Callable[..., Any]:
     checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     scope = {**function.__globals__, **dict.fromkeys(checks, _never)}
     # a wrapper such as F.max_pool2d keeps the functions it chooses from in its closure
-    closure = tuple(types.CellType(_inner_source(cell.cell_contents)) for cell in function.__closure__ or ())
+    cells = function.__closure__ or ()
+    closure = tuple(types.CellType() for _ in cells)
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    for new, cell in zip(closure, cells, strict=True):
+        # `Tensor.__rsub__` and its like have themselves in their closure
+        new.cell_contents = copy if cell.cell_contents is function else _inner_source(cell.cell_contents)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 

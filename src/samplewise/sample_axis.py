@@ -19,6 +19,7 @@ from .alignment import (
     elementwise_loss,
     indexed,
     looked_up,
+    selected,
     similarity,
     stacked,
 )
@@ -35,8 +36,9 @@ from .movement import (
     expanded,
     first_only,
     flipped,
+    last_diagonal,
     normalized_dims,
-    padded_dims,
+    padded,
     permuted,
     reduced,
     removed,
@@ -55,7 +57,7 @@ from .registry import RULES
 def follow(call: Call, out: Tensor) -> Where | None:
     """Where the sample axis of one result of `call` is; None where no argument carries it."""
     lost = [where for x in call.tensors if isinstance(where := call.where(x), Lost)]
-    if lost:
+    if lost and not (call.name in INDEXING and isinstance(call.where(call.args[0]), Axis)):
         return _still_lost(call, lost)
     if call.name in FACTORIES or not call.placed():
         return None
@@ -76,6 +78,9 @@ def _move(call: Call, out: Tensor) -> Where:
     if name in SEVERAL:
         return SEVERAL[name](call, out)
     x, axis = call.placed()[0]
+    if call.inplace and name in TURNS:
+        # the shape before is gone
+        return Lost(f"{call.name}_")
     if name in SINGLE and x is call.tensors[0] and len(call.placed()) == 1:
         return SINGLE[name](call, x, axis, out)
     if call.name in RULES and all(axis.dim == 0 for _, axis in call.placed()):
@@ -87,7 +92,7 @@ def _move(call: Call, out: Tensor) -> Where:
 def _fit(call: Call, axis: Axis, out: Tensor) -> Where:
     """The axis with its inner size mended where the one sample of a batch was broadcast."""
     size = out.shape[axis.dim]
-    if size == axis.outer * call.n * axis.inner:
+    if size == axis.size(call.n):
         return axis
     return Axis(axis.dim, 1, size) if call.n == 1 else Lost(call.name)
 
@@ -100,7 +105,7 @@ def _still_lost(call: Call, lost: list[Lost]) -> Lost:
     if call.name in {"mul", "multiply"}:
         linear = linear and len(carrying) <= 1
     if call.name in {"div", "divide", "true_divide"}:
-        linear = linear and call.get(1, "other") not in carrying
+        linear = linear and not any(call.get(1, "other") is x for x in carrying)
     return Lost(lost[0].op, linear, all(item.uniform for item in lost))
 
 
@@ -155,9 +160,10 @@ SEVERAL: dict[str, Several] = {
     "stack": stacked,
     "embedding": looked_up,
     "getitem": indexed,
+    "index_select": selected,
     "scaled_dot_product_attention": batch_dims,
     "cdist": distances,
-    **dict.fromkeys(["gather", "scatter", "scatter_add", "scatter_reduce", "index_fill", "index_select"], broadcast_along(1)),
+    **dict.fromkeys(["gather", "scatter", "scatter_add", "scatter_reduce", "index_fill"], broadcast_along(1)),
     "take_along_dim": broadcast_along(2),
     "masked_scatter": lambda call, _: Lost(call.name),
     "cross": broadcast_along(2, -1),
@@ -212,12 +218,12 @@ SINGLE: dict[str, Single] = {
     **dict.fromkeys(
         ["linalg_det", "linalg_slogdet", "cholesky", "linalg_cholesky", "linalg_qr", "im2col", "col2im"], before_last(2)
     ),
-    "diag_embed": before_last(1),
+    "diag_embed": last_diagonal,
     "multinomial": before_last(1),
     "one_hot": before_last(0),
     "layer_norm": before_last(normalized_dims),
     "rms_norm": before_last(normalized_dims),
-    **dict.fromkeys(["pad", "constant_pad_nd"], before_last(padded_dims)),
+    **dict.fromkeys(["pad", "constant_pad_nd"], padded),
     **dict.fromkeys(
         "avg_pool1d max_pool1d max_pool1d_with_indices adaptive_avg_pool1d adaptive_max_pool1d".split(), before_last(1)
     ),
@@ -247,5 +253,9 @@ MOVES = frozenset(
     diagonal flip detach""".split()
 )
 EXPANDS = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
+# In-place forms of these change the shape of their own operand.
+TURNS = frozenset("squeeze unsqueeze t transpose swapaxes swapdims".split())
+# An index that brings samples together still picks rows that each belong to one sample.
+INDEXING = frozenset({"getitem", "index_select"})
 # The tensor only lends its type and device: the result is the same for all samples.
 FACTORIES = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "new_tensor"})

@@ -5,8 +5,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .collecting import Source, Use
+from .errors import UnsupportedOpError
 from .factors import Factor
 
 Grads = Sequence[Tensor | None]
@@ -43,9 +45,12 @@ class Tap(torch.autograd.Function):
         ctx.recording, ctx.factors = recording, factors
         return tensors[:count] if count > 1 else tensors[0]
 
+    # a second derivative would miss its dependence on the detached parameters: it raises instead
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Collect, and pass the gradients through."""
+        _refuse_second()
         saved = ctx.saved_tensors
         ctx.recording.collect(ctx.factors, grads, saved)
         return None, None, None, None, *grads, *[None] * len(saved)
@@ -67,7 +72,18 @@ class Enter(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Collect; nothing goes further."""
+        _refuse_second()
         ctx.recording.collect(ctx.factors, (grad,), ())
         return None, None, None, None
+
+
+def _refuse_second() -> None:
+    # grad mode is on in a backward with create_graph=True only
+    if torch.is_grad_enabled():
+        raise UnsupportedOpError(
+            "backward: create_graph=True runs through a recorded use of a parameter, and the path of a second derivative through "
+            "it would be missing. Take the derivative with create_graph=False, or freeze the parameters it passes."
+        )
