@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .factors import Factor, Pulled, add
+from .factors import Dense, Factor, Pulled, add
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ class Collector:
         self.empty = False
         for use in uses:
             use.structure = type(factor).__name__
+        if self.parameters[next(iter(source.names))].is_complex():
+            # the structured quantities are real
+            factor = Dense(factor.to_dense())
         factors = self._arrived.setdefault(source.key, (source, []))[1]
         factors.append(factor)
         if self.consume is not None and source.edge is None:

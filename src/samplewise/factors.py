@@ -50,7 +50,7 @@ class Factor(ABC):
     def dot(self, direction: Tensor) -> Tensor:
         """`<grad[n], direction>`, `(n,)`; `direction` has shape `shape`."""
         dense = wide(self.to_dense())
-        return flat(dense) @ direction.to(dense.dtype).flatten()
+        return flat(dense) @ wide(direction).to(dense.dtype).flatten()
 
     def gram(self, other: "Factor") -> Tensor:
         """`<grad[n], other[m]>`, `(n, m)`."""
@@ -59,7 +59,7 @@ class Factor(ABC):
     def project(self, matrix: Tensor) -> Tensor:
         """`sum over shape of grad[n] matrix[k]`, `(n, k)`; `matrix` is `(k, *shape)`."""
         dense = wide(self.to_dense())
-        return flat(dense) @ flat(matrix.to(dense.dtype)).T
+        return flat(dense) @ flat(wide(matrix).to(dense.dtype)).T
 
 
 @dataclass(frozen=True)
@@ -421,7 +421,9 @@ def flat(x: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """The same values in a type that sums safely: float32 for half precision, unchanged otherwise."""
+    """The same values in a type that sums safely: float32 for half precision, real and imaginary parts for complex."""
+    if x.is_complex():
+        return torch.view_as_real(x.resolve_conj())
     return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
 
 

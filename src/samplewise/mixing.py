@@ -15,7 +15,7 @@ from .contractions import CONTRACTIONS, Contraction, contract
 from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor
 from .registry import RULES, Operation, Rule, operation
-from .sample_axis import ALIGNED, follow
+from .sample_axis import ALIGNED, JOINS, follow
 from .taps import Enter, Grads, Tap
 
 if TYPE_CHECKING:
@@ -27,11 +27,6 @@ Function = Callable[..., Any]
 def mix(recording: "Recording", func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """Run a call in which shared tensors meet batched ones, so that their per-sample gradients are collected."""
     _refuse_lost(recording, call, shared)
-    if any(x.is_complex() for x in call.tensors):
-        raise UnsupportedOpError(
-            f"{call.name}: per-sample gradients of {_names(recording, shared)} with complex tensors are not supported. Use real and "
-            "imaginary parts (torch.view_as_real) as two real tensors."
-        )
     if op.inplace and any(call.args[0] is x for x in shared):
         raise UnsupportedOpError(
             f"{call.name}: writes batched values in place into {_names(recording, shared)}, which all samples share. "
@@ -119,6 +114,11 @@ def enter(recording: "Recording", call: Call, tensor: Tensor, axis: Axis, ndim: 
     origin, kind = tensor, recording.kind(tensor)
     assert isinstance(kind, Shared)
     own = value.shape[dim] == rows != 1
+    if call.name in JOINS and value.shape[dim] != rows:
+        raise SampleAxisError(
+            f"{call.name}: joins samples with {_names(recording, [tensor])} along the sample axis (axis {dim}, {rows} rows and "
+            f"{value.shape[dim]}). Join along another axis, with the parameter expanded over the samples."
+        )
     if own and kind.unexpanded is not None and _expands_along(kind.unexpanded, value, dim):
         origin = kind.unexpanded
     source = _source(recording, origin)
@@ -170,6 +170,9 @@ class Slot:
         if tensor.is_floating_point():
             # under autocast an op computes in another type than its arguments have
             tensor = tensor.to(dtype)
+        if tensor.is_complex():
+            # gradients are products with the conjugates of the other operands (the convention of torch.autograd)
+            tensor = tensor.conj()
         return tensor if self.axis is None else self.axis.rows(tensor, n)
 
 

@@ -11,7 +11,7 @@ from . import rules as _rules  # noqa: F401  (fills the tables)
 from .axes import Axis
 from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
-from .factors import Dense, Factor
+from .factors import Dense, Factor, wide
 from .projections import GaussianProjection
 from .recording import CONSTANT, Recording
 
@@ -204,7 +204,8 @@ class Record:
         return self._recording.n
 
     def _like(self) -> Tensor:
-        return next(iter(self._recording.parameters.values()), torch.zeros(()))
+        parameter = next(iter(self._recording.parameters.values()), torch.zeros(()))
+        return wide(parameter.detach())
 
     def _zeros(self) -> Tensor:
         return self._like().new_zeros(self._n())

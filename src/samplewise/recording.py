@@ -127,8 +127,9 @@ class Recording(TorchFunctionMode):
         packed = [x for x in tree_leaves((args, kwargs), is_leaf=_is_packed) if _is_packed(x)]
         if self.n is None:
             self.n = _common_size(self.model, inputs, packed, self.batch_dim)
-        for sequence in packed:
-            self._enter_packed(sequence)
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            for sequence in packed:
+                self._enter_packed(sequence)
         for x in inputs:
             if self._kinds.get(x) is None and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
                 self._kinds[x] = Axis(self.batch_dim)

@@ -101,12 +101,15 @@ def _still_lost(call: Call, lost: list[Lost]) -> Lost:
     """What arithmetic on a total leaves: sums and scalings stay linear in the samples, anything else does not."""
     carrying = [x for x in call.tensors if x.requires_grad]
     wheres = [call.where(x) for x in carrying]
+    uniform = all(item.uniform for item in lost)
     linear = all(isinstance(where, Lost) and where.linear for where in wheres) and call.name in LINEAR
     if call.name in {"mul", "multiply"}:
         linear = linear and len(carrying) <= 1
     if call.name in {"div", "divide", "true_divide"}:
         linear = linear and not any(call.get(1, "other") is x for x in carrying)
-    return Lost(lost[0].op, linear, all(item.uniform for item in lost))
+        # the sum of losses by the sum of a mask: how much a sample weighs depends on the others
+        uniform = uniform and not isinstance(call.get(1, "other"), Tensor)
+    return Lost(lost[0].op, linear, uniform)
 
 
 # --- ops that mix samples -----------------------------------------------------------------------------------------------------
@@ -166,7 +169,8 @@ SEVERAL: dict[str, Several] = {
     **dict.fromkeys(["gather", "scatter", "scatter_add", "scatter_reduce", "index_fill"], broadcast_along(1)),
     "take_along_dim": broadcast_along(2),
     "masked_scatter": lambda call, _: Lost(call.name),
-    "cross": broadcast_along(2, -1),
+    # without `dim`, torch.cross takes the first axis of size 3, whichever that is
+    "cross": broadcast_along(2),
     "linalg_cross": broadcast_along(2, -1),
     **dict.fromkeys(["cosine_similarity", "pairwise_distance"], similarity),
     **dict.fromkeys(["cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d"], class_loss),
@@ -243,8 +247,10 @@ SINGLE: dict[str, Single] = {
     **dict.fromkeys(["group_norm", "instance_norm", "batch_norm", "affine_grid_generator"], first_only),
 }
 
-# Ops whose operands align by broadcasting or by equal dims, so that a parameter can enter them row by row.
-ALIGNED = frozenset([*ELEMENTWISE, "scaled_dot_product_attention", "cat", "concat", "concatenate", "stack"])
+# Ops whose operands have equal dims, not broadcast ones.
+JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
+# Ops whose operands align from the right, so that a parameter can enter them row by row; these two take a 0-dim value only.
+ALIGNED = (frozenset(ELEMENTWISE) | JOINS | {"scaled_dot_product_attention"}) - {"masked_fill", "fill"}
 
 # Data movement without loss or repetition: every entry of the result is another entry of the operand (casts count as such).
 MOVES = frozenset(

@@ -25,6 +25,8 @@ def convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> dict[str, object]:
+    if grad.is_complex():
+        raise NotImplementedError("convolution: complex tensors have no rule; convolve real and imaginary parts")
     # out[n,o,p] = sum_{i,k} input[n,i,stride p + dilation k - padding] weight[o,i,k] + bias[o]
     return {
         "weight": lambda: _weight(grad, input, weight, stride, padding, dilation, groups),
