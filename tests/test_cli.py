@@ -48,6 +48,15 @@ def setup():
 
 
 @pytest.fixture(autouse=True)
+def _one_thread():
+    # Tests run side by side, and small networks gain nothing from more.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def _own_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -194,10 +203,25 @@ def test_data_workers_change_nothing(tmp_path, file):
     assert_same_scores(columns(tmp_path / "a"), columns(tmp_path / "b"))
 
 
+def test_what_only_some_batches_reach_counts_as_covered(tmp_path, file, capsys):
+    edited(file, "    logits = model(inputs)", "    logits = model(inputs) if targets[0] == 0 else model[:2](inputs)")
+    main(["score", str(file), "--json", "--batch-size", "1"])
+    assert json.loads(capsys.readouterr().out)["coverage"]["unreached"] == {}
+    edited(file, "    logits = model(inputs)", "    logits = model[:2](inputs)")
+    main(["score", str(file), "--json", "--out", "b"])
+    coverage = json.loads(capsys.readouterr().out)["coverage"]
+    assert coverage["unreached"] == {"3.weight": 12, "3.bias": 3}
+    assert coverage["share"] == pytest.approx(124 / 139)
+
+
+def test_errors_known_as_an_array(file, capsys):
+    edited(file, "per_sample_loss, ", "per_sample_loss, known_mislabelled=torch.tensor([3, 4]).numpy(), ")
+    main(["score", str(file), "--json", "--limit", "4"])
+    assert json.loads(capsys.readouterr().out)["detection"]["loss"]["known"] == 1
+
+
 def test_texts_are_shown_as_texts(tmp_path, file):
-    file.write_text(
-        SETUP.replace("per_sample_loss, ", "per_sample_loss, preview=lambda item: f'<i>{int(item[1])} of three', ")
-    )
+    file.write_text(SETUP.replace("per_sample_loss, ", "per_sample_loss, preview=lambda item: f'<i>{int(item[1])} of three', "))
     main(["score", str(file), "--out", "a"])
     assert "&lt;i&gt;2 of three" in (tmp_path / "a" / "report.html").read_text()
 
@@ -260,7 +284,7 @@ def test_resume_after_a_kill(tmp_path, file, capsys):
     main(["score", str(file), "--out", "whole"])
     command = [sys.executable, "-c", "import sys; from samplewise.cli.main import main; sys.exit(main())"]
     arguments = ["score", str(file), "--out", "a", "--batch-size", "3", "--save-every", "0"]
-    slow = {**os.environ, "SECONDS_PER_BATCH": "0.2"}
+    slow = {**os.environ, "SECONDS_PER_BATCH": "0.2", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*command, *arguments], env=slow, stderr=subprocess.DEVNULL) as run:
         while run.poll() is None and len(list(tmp_path.glob("a/.partial/*.parquet"))) < 3:
             time.sleep(0.01)
@@ -273,9 +297,7 @@ def test_resume_after_a_kill(tmp_path, file, capsys):
     assert_same_scores(columns(tmp_path / "a"), columns(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(
-    "moment", ["render", "table.write", "RunDirectory.write_facts", "RunDirectory.finish", "_with_known"]
-)
+@pytest.mark.parametrize("moment", ["render", "table.write", "RunDirectory.write_facts", "RunDirectory.finish", "_with_known"])
 def test_resume_from_any_step_of_the_end(tmp_path, file, moment, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(f"samplewise.cli.score.{moment}", interrupted)
@@ -304,6 +326,20 @@ def test_resume_of_a_finished_run_only_reports(file, monkeypatch, capsys):
     monkeypatch.setattr("samplewise.cli.score._load_task", None)
     assert main(["score", str(file), "--out", "a", "--resume"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_what_a_kill_at_the_very_end_left_is_dropped(tmp_path, file):
+    main(["score", str(file), "--out", "a"])
+    (tmp_path / "a" / ".partial").mkdir()
+    main(["score", str(file), "--out", "a", "--resume"])
+    assert not (tmp_path / "a" / ".partial").exists()
+
+
+def test_a_run_that_failed_before_its_first_score_is_replaced(tmp_path, file, capsys):
+    edited(file, "return ScoreTask", "return")
+    refused(capsys, file, "--out", "a")
+    file.write_text(SETUP)
+    assert main(["score", str(file), "--out", "a"]) == 0
 
 
 def test_resume_without_a_run_starts_one(tmp_path, file):
@@ -396,7 +432,9 @@ def test_foreign_files_are_left_alone(tmp_path, file, capsys):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.yaml").write_text("something: else")
     capsys.readouterr()
-    assert "does not describe a run of samplewise" in refused(capsys, file, "--out", "b", "--resume")
+    assert "b holds run.yaml, but not of a run that can go on" in refused(capsys, file, "--out", "b", "--resume")
+    assert "b already holds run.yaml" in refused(capsys, file, "--out", "b")
+    assert main(["score", str(file), "--out", "b", "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -481,9 +519,7 @@ def test_a_checkpoint_needs_a_target(capsys):
     assert "--checkpoint needs a target" in refused(capsys, "--checkpoint", __file__)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--batch-size", "0"], ["--limit", "x"], ["--resume", "--overwrite"], ["--top", "-1"]]
-)
+@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--limit", "x"], ["--resume", "--overwrite"], ["--top", "-1"]])
 def test_arguments_that_make_no_sense(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["score", *arguments])

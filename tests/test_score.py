@@ -71,7 +71,7 @@ def test_scores_equal_a_loop_over_samples():
         }
         assert scores.keys() == expected.keys()
         for name, value in expected.items():
-            assert scores[name][index].item() == pytest.approx(float(value), rel=1e-12), name
+            assert scores[name][index].item() == pytest.approx(torch.as_tensor(value).item(), rel=1e-12), name
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11, 64])

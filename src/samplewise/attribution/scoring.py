@@ -147,9 +147,7 @@ def score_batch(task: ScoreTask, batch: object, indices: range, groups: Groups) 
     for group, values in group_norms.items():
         _require_finite(f"gradient norms of '{group}'", values, indices)
     classes = None if logits is None else _class_scores(logits, labels_of(task, batch), indices)
-    return BatchScores(
-        indices.start, losses.detach().double().cpu(), group_norms, classes, coverage_of(rec, task.model)
-    )
+    return BatchScores(indices.start, losses.detach().double().cpu(), group_norms, classes, coverage_of(rec, task.model))
 
 
 def joint_norm(norms: list[Tensor]) -> Tensor:
@@ -240,8 +238,7 @@ def _class_scores(logits: Tensor, labels: Tensor, indices: range) -> ClassScores
     n, classes = logits.shape
     if labels.shape != (n,) or labels.is_floating_point() or labels.is_complex():
         raise ScoringError(
-            f"labels must be integers of shape ({n},), got {labels.dtype} {tuple(labels.shape)}. "
-            "Give ScoreTask(labels=...)."
+            f"labels must be integers of shape ({n},), got {labels.dtype} {tuple(labels.shape)}. Give ScoreTask(labels=...)."
         )
     labels = labels.to(logits.device).long()
     outside = (labels < 0) | (labels >= classes)

@@ -42,7 +42,7 @@ class ScoreTask:
         preview: `preview(item)` gives an image tensor `(h, w)` or `(c, h, w)`, or a text, for the report. Default: the
             item's first entry or one under "image", "pixel_values" or "text", where it looks like an image or a text.
         known_mislabelled: indices known to carry a wrong label, to measure how well the scores find them.
-        name: the title of the report.
+        name: the title of the report. Default: where the task comes from.
 
     Raises:
         ScoringError: if an attribute is of the wrong kind, the data set is empty or no parameter is trainable.
@@ -64,7 +64,7 @@ class ScoreTask:
     collate_fn: Callable[[list[Any]], Any] | None = None
     preview: Callable[[Any], object] | None = None
     known_mislabelled: Collection[int] = ()
-    name: str = "samplewise score"
+    name: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -76,15 +76,12 @@ class ScoreTask:
             )
         if not callable(self.per_sample_loss):
             raise ScoringError(
-                "ScoreTask: per_sample_loss must be a function (model, batch) -> (n,), "
-                f"got {_kind(self.per_sample_loss)}"
+                f"ScoreTask: per_sample_loss must be a function (model, batch) -> (n,), got {_kind(self.per_sample_loss)}"
             )
         if len(self.dataset) == 0:
             raise ScoringError("ScoreTask: the data set is empty, there is nothing to score")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ScoringError(
-                "ScoreTask: no parameter of the model has requires_grad=True, so there is no gradient to score"
-            )
+            raise ScoringError("ScoreTask: no parameter of the model has requires_grad=True, so there is no gradient to score")
 
 
 def as_score_task(value: object) -> ScoreTask:
@@ -94,8 +91,8 @@ def as_score_task(value: object) -> ScoreTask:
         ScoringError: if a required attribute is missing, naming it.
 
     Example:
-        >>> as_score_task(SimpleNamespace(model=model, dataset=dataset, per_sample_loss=loss)).name
-        'samplewise score'
+        >>> as_score_task(SimpleNamespace(model=model, dataset=dataset, per_sample_loss=loss)).class_names
+        ()
     """
     if isinstance(value, ScoreTask):
         return value

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .table import ScoreTable
@@ -33,10 +34,12 @@ def norm_histogram(table: ScoreTable, marked: Collection[int], name: str) -> str
     with mpl.rc_context(STYLE):
         figure, axes = _axes("gradient norm", "samples")
         norms = _positive(table.columns["grad_norm"])
-        bins = np.geomspace(norms.min(), norms.max() * 1.0001, 50).tolist()
+        count = min(50, 4 + int(2 * len(norms) ** 0.5))
+        bins = np.geomspace(norms.min(), norms.max() * 1.0001, count).tolist()
         axes.hist(norms, bins=bins, color=BLUE, label="all samples")
         axes.hist(norms[list(marked)], bins=bins, color=RED, label=name)
         axes.set_xscale("log")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         return _svg(figure)
 

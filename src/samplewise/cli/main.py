@@ -95,7 +95,13 @@ def _add_score_options(score: argparse.ArgumentParser) -> None:
     add("--limit", type=_positive, metavar="N", help="score the first N samples only")
     add("--groups", metavar="DEPTH|A,B", help="parameter groups: depth of the module name, or module names")
     add("--rank-by", choices=("el2n", "loss", "grad_norm"), help="what makes a suspect (default: el2n, else grad_norm)")
-    add("--top", type=_positive, default=10, metavar="N", help="suspects to list (default: 10)")
+    add(
+        "--top",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="suspects to list (default: 10; the report shows four times as many)",
+    )
     add("--seed", type=_natural, default=0, metavar="N", help="seed set before FUNCTION is called (default: 0)")
     add("--epochs", type=_natural, default=5, metavar="N", help="training of the embedded example (default: 5)")
     again = score.add_mutually_exclusive_group()

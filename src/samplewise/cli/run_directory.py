@@ -65,18 +65,17 @@ class RunDirectory:
         Raises:
             InputError: if a run is there that should neither be replaced nor continued, or cannot be.
         """
-        held = self._held()
-        if held and resume:
-            facts = self._facts()
+        held, facts = self._held(), self._facts()
+        if resume and facts is not None and (held or facts["settings"] == settings):
             refuse_changes(self.path, facts["settings"], settings)
             return facts
+        if held and resume:
+            raise InputError(f"{self.path} holds {', '.join(held)}, but not of a run that can go on: use --overwrite")
         if held and not overwrite:
             raise InputError(
                 f"{self.path} already holds {', '.join(held)}: go on with --resume, replace them with --overwrite, "
                 "or choose another --out"
             )
-        if resume and self.record.exists() and self._facts()["settings"] == settings:
-            return self._facts()
         return self._start_anew(settings)
 
     def write_facts(self, facts: Facts) -> None:
@@ -108,7 +107,8 @@ class RunDirectory:
     def _held(self) -> list[str]:
         """What a new start would destroy; a run that failed before its first score is worth nothing."""
         held = [path.name for path in (self.record, self.scores, self.report) if path.exists()]
-        failed_early = held == [self.record.name] and self._facts()["status"] == "running" and not self.done()
+        facts = self._facts()
+        failed_early = held == [self.record.name] and facts is not None and facts["status"] == "running" and not self.done()
         return [] if failed_early else held
 
     def _start_anew(self, settings: Facts) -> Facts:
@@ -121,14 +121,13 @@ class RunDirectory:
         self.write_facts(facts)
         return facts
 
-    def _facts(self) -> Facts:
+    def _facts(self) -> Facts | None:
+        """What run.yaml holds, if it is there and ours."""
         try:
             facts = yaml.safe_load(self.record.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            facts = None
-        if not isinstance(facts, dict) or not isinstance(facts.get("settings"), dict):
-            raise InputError(f"{self.record} does not describe a run of samplewise: use --overwrite or another --out")
-        return facts
+        except (FileNotFoundError, yaml.YAMLError):
+            return None
+        return facts if isinstance(facts, dict) and {"status", "settings"} <= facts.keys() else None
 
     def _shards(self) -> list[Path]:
         return sorted(self.working.glob("*-*.parquet"))

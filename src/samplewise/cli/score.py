@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from samplewise import __version__
-from samplewise.attribution import BatchScores, ScoreTask, group_parameters, score_batches, trainable
-from samplewise.attribution.groups import Groups
+from samplewise.attribution import BatchScores, Groups, ScoreTask, group_parameters, score_batches, trainable
 
 from . import checkpoint, digits, fingerprint, setup_file, table
 from .failures import InputError, user_code
@@ -33,6 +32,7 @@ def run(options: ScoreOptions) -> int:
     Raises:
         InputError: if something the user gave cannot be used.
     """
+    _device(options.device)  # a missing one is better noticed now than after the set-up
     directory = RunDirectory(options.out or _default_out(options.target))
     # With --json, stdout belongs to the JSON alone, whatever the user's code prints.
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
@@ -50,6 +50,7 @@ def _finished_run(options: ScoreOptions, directory: RunDirectory) -> tuple[Score
     facts = directory.begin(fingerprint.settings(options), resume=options.resume, overwrite=options.overwrite)
     if facts["status"] == "finished":
         _note(f"{directory.path} is finished, nothing is left to score")
+        directory.finish(facts)  # a kill may have left something to drop
         scores = table.read(directory.scores)
         return scores, _summarize(options, directory, scores, facts["name"])
     task = _load_task(options, directory)
@@ -81,7 +82,7 @@ def _with_contents(options: ScoreOptions, directory: RunDirectory, facts: Facts,
         _note("reading the same item twice gave two values: scores will depend on the data set's random draws")
     if "contents" in facts:
         refuse_changes(directory.path, facts["contents"], contents)
-    facts = {**facts, "name": task.name, "contents": contents}
+    facts = {**facts, "name": task.name or options.target, "contents": contents}
     directory.write_facts(facts)
     return facts
 
@@ -137,11 +138,9 @@ def _save(directory: RunDirectory, unsaved: list[BatchScores]) -> None:
         unsaved.clear()
 
 
-def _write(
-    options: ScoreOptions, directory: RunDirectory, scores: ScoreTable, task: ScoreTask, facts: Facts
-) -> Summary:
+def _write(options: ScoreOptions, directory: RunDirectory, scores: ScoreTable, task: ScoreTask, facts: Facts) -> Summary:
     """Write every file; run.yaml, which says that the run is finished, comes last."""
-    summary = _summarize(options, directory, scores, task.name)
+    summary = _summarize(options, directory, scores, facts["name"])
     table.write(directory.scores, scores)
     write_text(directory.report, render(scores, task, summary, facts, options.top))
     directory.finish(facts)
@@ -156,9 +155,9 @@ def _summarize(options: ScoreOptions, directory: RunDirectory, scores: ScoreTabl
 def _with_known(scores: ScoreTable, task: ScoreTask) -> ScoreTable:
     """The table with what the task knows about classes and wrong labels."""
     columns = dict(scores.columns)
-    if task.known_mislabelled:
+    if len(task.known_mislabelled):
         columns["known_mislabelled"] = torch.isin(columns["index"], torch.tensor(list(task.known_mislabelled)))
-    return ScoreTable(columns, scores.coverage, list(task.class_names))
+    return ScoreTable(columns, scores.coverage, [str(name) for name in task.class_names])
 
 
 def _counts(scores: ScoreTable) -> Facts:

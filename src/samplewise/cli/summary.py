@@ -95,4 +95,5 @@ def suspect(table: ScoreTable, row: int) -> Suspect:
 
 def as_json(summary: Summary) -> dict[str, object]:
     """The summary as plain values."""
-    return asdict(summary)
+    values = asdict(summary)
+    return {**values, "coverage": {"share": summary.coverage.share, **values["coverage"]}}

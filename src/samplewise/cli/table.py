@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,7 +70,8 @@ def concatenate(tables: Sequence[ScoreTable]) -> ScoreTable:
     """One table of several, rows in the order given."""
     first = tables[0]
     columns = {name: torch.cat([table.columns[name] for table in tables]) for name in first.columns}
-    return ScoreTable(columns, first.coverage, first.class_names)
+    coverage = reduce(Coverage.joined, (table.coverage for table in tables))
+    return ScoreTable(columns, coverage, first.class_names)
 
 
 def write(path: Path, table: ScoreTable) -> None:
