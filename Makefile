@@ -6,7 +6,7 @@ PYTHON ?= python3
 .PHONY: demo test lint types tests bench clean
 
 demo: $(VENV)/.installed
-	$(BIN)/samplewise score --out runs/demo --resume
+	$(BIN)/samplewise score --out runs/demo --overwrite
 
 test: $(VENV)/.installed lint types tests
 
@@ -18,7 +18,7 @@ types:
 	$(BIN)/mypy
 
 tests:
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_figures.py

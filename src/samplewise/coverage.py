@@ -17,9 +17,12 @@ class Coverage:
     def of(parameters: dict[str, nn.Parameter], uses: list[Use]) -> "Coverage":
         """Count the uses of each parameter."""
         total = sum(p.numel() for p in parameters.values())
+        found: dict[str, list[Use]] = {name: [] for name in parameters}
+        for use in uses:
+            found[use.parameter].append(use)
         rows = []
         for name, parameter in parameters.items():
-            mine = [use for use in uses if use.parameter == name]
+            mine = found[name]
             rows.append(
                 CoverageRow(
                     name,

@@ -101,11 +101,15 @@ def _by_running(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: flo
 
 
 def _channels(grad: Tensor, normalized: Callable[[], Tensor]) -> dict[str, object]:
-    """Scale and shift per channel, axis 1."""
+    """Scale and shift per channel, axis 1 of `(n, c, ...)`."""
     return {
-        "weight": lambda: Dense((grad * normalized()).flatten(2).sum(2)),
-        "bias": lambda: Dense(grad.flatten(2).sum(2)),
+        "weight": lambda: Dense(_over_space(grad * normalized())),
+        "bias": lambda: Dense(_over_space(grad)),
     }
+
+
+def _over_space(x: Tensor) -> Tensor:
+    return x.flatten(2).sum(2) if x.ndim > 2 else x
 
 
 def _over_positions(x: Tensor, last: int) -> Tensor:
