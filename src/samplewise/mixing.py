@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils._pytree import tree_map
 
-from .alignment import through_index
+from .alignment import through_index, written
 from .axes import Axis, Call, Lost, tensors_in
 from .collecting import Shared, Source, Use
 from .contractions import CONTRACTIONS, Contraction, contract
@@ -28,10 +28,10 @@ def mix(recording: "Recording", func: Function, op: Operation, call: Call, share
     """Run a call in which shared tensors meet batched ones, so that their per-sample gradients are collected."""
     _refuse_lost(recording, call, shared)
     if op.inplace and any(call.args[0] is x for x in shared):
-        raise UnsupportedOpError(
-            f"{call.name}: writes batched values in place into {_names(recording, shared)}, which all samples share. "
-            "Expand and clone it over the samples and write there, or write out of place."
-        )
+        _spread_target(recording, call)
+        shared = [x for x in shared if x is not call.args[0]]
+        if not shared:
+            return func(*call.args, **call.kwargs)
     if call.kwargs.get("out") is not None:
         raise UnsupportedOpError(
             f"{call.name}: `out=` cannot be recorded with {_names(recording, shared)}. Use the result instead."
@@ -105,6 +105,29 @@ def _assign(recording: "Recording", func: Function, call: Call, shared: list[Ten
     return func(target, index, enter(recording, call, value, where, part.ndim, part.shape[where.dim]))
 
 
+def _spread_target(recording: "Recording", call: Call) -> None:
+    """Make the shared target of an in-place op batched, as far as it has a place for every sample: its rows enter one by one."""
+    target = call.args[0]
+    axis = written(call) if call.name == "setitem" else _aligned_axis(call, target)
+    if target.is_leaf or target._is_view() or not isinstance(axis, Axis) or target.shape[axis.dim] != axis.size(call.n):  # noqa: SLF001
+        raise UnsupportedOpError(
+            f"{call.name}: writes batched values in place into {_names(recording, [target])}, which all samples share. "
+            "Expand and clone it over the samples and write there, or write out of place."
+        )
+    before = target.clone()
+    recording.declare(before, recording.kind(target))
+    entered = enter(recording, call, before, axis, target.ndim, target.shape[axis.dim])
+    target.detach_()
+    target.copy_(entered)
+    recording.declare(target, axis)
+
+
+def _aligned_axis(call: Call, target: Tensor) -> Axis | None:
+    x, axis = call.placed()[0]
+    dim = axis.dim + target.ndim - x.ndim
+    return axis.at(dim) if call.name in ALIGNED and dim >= 0 else None
+
+
 def enter(recording: "Recording", call: Call, tensor: Tensor, axis: Axis, ndim: int, rows: int) -> Tensor:
     """A shared tensor as a batched one, aligned from the right in `ndim` dims with `rows` rows on `axis.dim`."""
     value, dim = tensor.detach(), axis.dim - (ndim - tensor.ndim)
@@ -166,7 +189,7 @@ class Slot:
 
     def filled(self, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Tensor:
         """The tensor as the rule sees it."""
-        tensor = saved[self.place] if isinstance(self.place, int) else self.place
+        tensor = (saved[self.place] if isinstance(self.place, int) else self.place).detach()
         if tensor.is_floating_point():
             # under autocast an op computes in another type than its arguments have
             tensor = tensor.to(dtype)

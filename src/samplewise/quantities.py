@@ -13,7 +13,7 @@ from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
 from .factors import Dense, Factor, wide
 from .projections import GaussianProjection
-from .recording import CONSTANT, Recording
+from .recording import DECLARED_CONSTANT, Recording, unrecorded
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -44,7 +44,7 @@ class Record:
 
     def constant(self, tensor: Tensor) -> Tensor:
         """Declare that a tensor has the same value for every sample, whatever its shape; returns it."""
-        self._recording.declare(tensor, CONSTANT)
+        self._recording.declare(tensor, DECLARED_CONSTANT)
         return tensor
 
     def batched(self, tensor: Tensor, dim: int = 0) -> Tensor:
@@ -77,7 +77,7 @@ class Record:
             raise SamplewiseError(
                 "backward: the recording is closed. Call `rec.backward(losses)` inside the `with record(...)` block."
             )
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             self._check(losses)
         recording.backward(losses, retain_graph=retain_graph)
 
@@ -112,7 +112,7 @@ class Record:
         Returns:
             `{name: (n, *shape)}` for every trainable parameter; zeros where the loss does not reach.
         """
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             return self._filled({name: factor.to_dense() for name, factor in self.factors().items()}, self._n())
 
     @overload
@@ -123,7 +123,7 @@ class Record:
         """L2 norms of the per-sample gradients, `(n,)`, over all parameters; `by="parameter"` gives `{name: (n,)}`."""
         if by not in {None, "parameter"}:
             raise ValueError(f"norms: by is None or 'parameter', got {by!r}")
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             squares = {name: factor.sq_norms() for name, factor in self.factors().items()}
             if by is None:
                 return total_norms(squares, self._n(), self._like())
@@ -135,7 +135,7 @@ class Record:
         Raises:
             ValueError: If `weights` is not a vector of n.
         """
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             if weights.shape != (self._n(),):
                 raise ValueError(f"weighted_sum: expected weights of shape ({self._n()},), got {tuple(weights.shape)}")
             return self._filled({name: factor.weighted_sum(weights) for name, factor in self.factors().items()})
@@ -155,7 +155,7 @@ class Record:
             ValueError: If a name is unknown or a shape differs.
         """
         self._check_names("dot", direction)
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             terms = [factor.dot(direction[name]) for name, factor in self.factors().items() if name in direction]
             return _total(terms, self._zeros())
 
@@ -168,7 +168,7 @@ class Record:
         other = self if other is None else other
         if set(other._recording.parameters) != set(self._recording.parameters):  # noqa: SLF001
             raise ValueError("gram: the two records have different parameters")
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             mine, theirs = self.factors(), other.factors()
             terms = [mine[name].gram(theirs[name]) for name in mine if name in theirs]
             return _total(terms, self._zeros().new_zeros(self._n(), other._n()))  # noqa: SLF001
@@ -180,7 +180,7 @@ class Record:
             ValueError: If a name is unknown or a shape differs.
         """
         factors = self.factors()
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             if isinstance(projection, GaussianProjection):
                 size = projection.size
                 rows = (
@@ -342,7 +342,8 @@ def _stream(model: nn.Module, loss_fn: LossFunction, batch: Batch, consume: Call
     rec = Record(Recording(model, consume=consume))
     with rec:
         rec.backward(loss_fn(model, batch))
-    rec._recording.collector.finish()  # noqa: SLF001
+    with unrecorded():
+        rec._recording.collector.finish()  # noqa: SLF001
     return rec
 
 

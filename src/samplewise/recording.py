@@ -6,6 +6,7 @@ gradients are in `rules`.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -27,6 +28,8 @@ from .sample_axis import EXPANDS, MOVES, follow
 from .taps import Factors, Grads
 
 CONSTANT = "constant"
+# said by the user: stays constant even as an argument of the model
+DECLARED_CONSTANT = "declared constant"
 Kind = Axis | Lost | Shared | str
 
 
@@ -53,6 +56,8 @@ class Recording(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
         self._kinds = WeakIdKeyDictionary()
+        # of views that are constant or shared, when that was last known
+        self._versions = WeakIdKeyDictionary()
         self._handles: list[Any] = []
         self._open = False
         # inside `backward(losses)`, where no reduction has to be undone
@@ -62,6 +67,7 @@ class Recording(TorchFunctionMode):
 
     def open(self) -> None:
         """Attach to the model: a pre-hook that finds the samples, and a guard on every parameter."""
+        _refuse_compiled(self.model)
         for tensor in _held_tensors(self.model):
             self._kinds[tensor] = CONSTANT
         for name, parameter in self.parameters.items():
@@ -92,6 +98,9 @@ class Recording(TorchFunctionMode):
     def declare(self, tensor: Tensor, kind: Kind) -> None:
         """Say what a tensor is, whatever its shape suggests."""
         self._kinds[tensor] = kind
+        if tensor._base is not None:  # noqa: SLF001
+            # what is written through another view may change what this one is
+            self._versions[tensor] = tensor._version  # noqa: SLF001
 
     def where(self, tensor: Tensor) -> Where | None:
         """Where the sample axis of a tensor is; None for what does not depend on the samples."""
@@ -103,6 +112,8 @@ class Recording(TorchFunctionMode):
         kind: Kind | None = self._kinds.get(tensor)
         if kind is None:
             kind = self._first_seen(tensor)
+        elif not isinstance(kind, Axis | Lost) and self._versions.get(tensor, tensor._version) != tensor._version:  # noqa: SLF001
+            kind = Lost("an in-place op on a tensor that shares its memory")
         return CONSTANT if isinstance(kind, Shared) and not tensor.requires_grad else kind
 
     def _first_seen(self, tensor: Tensor) -> Kind:
@@ -127,11 +138,11 @@ class Recording(TorchFunctionMode):
         packed = [x for x in tree_leaves((args, kwargs), is_leaf=_is_packed) if _is_packed(x)]
         if self.n is None:
             self.n = _common_size(self.model, inputs, packed, self.batch_dim)
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             for sequence in packed:
                 self._enter_packed(sequence)
         for x in inputs:
-            if self._kinds.get(x) is None and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
+            if self._kinds.get(x) in {None, CONSTANT} and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
                 self._kinds[x] = Axis(self.batch_dim)
 
     def _enter_packed(self, sequence: PackedSequence) -> None:
@@ -199,7 +210,7 @@ class Recording(TorchFunctionMode):
             base = tensor._base if inplace else None  # noqa: SLF001
             if base is not None and isinstance(kind, Axis | Lost) and self.where(base) is None:
                 self._kinds[base] = Lost(f"{op.name} in place on a view of it")
-            self._kinds[tensor] = kind
+            self.declare(tensor, kind)
 
     def _derived(self, op: Operation, shared: list[Tensor]) -> Shared:
         """The kind of a tensor computed from shared and constant ones."""
@@ -229,7 +240,7 @@ class Recording(TorchFunctionMode):
 
     def collected(self) -> dict[str, Factor]:
         """One factor per parameter that the loss reached."""
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             return self.collector.factors()
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
@@ -241,7 +252,7 @@ class Recording(TorchFunctionMode):
                 "backward: it runs through a recording that is closed, so its per-sample gradients would be lost. Call "
                 "`rec.backward(losses)` inside the `with record(...)` block."
             )
-        with torch._C.DisableTorchFunction():  # noqa: SLF001
+        with unrecorded():
             if self.loss_reduction == "mean" and not self._from_losses:
                 grads = [None if grad is None else grad * (self.n or 0) for grad in grads]
             for source, uses, factor in factors(grads, saved):
@@ -267,6 +278,13 @@ class Recording(TorchFunctionMode):
                 )
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Our own arithmetic: no recording sees it, and no graph is built."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # noqa: SLF001
+        yield
+
+
 def _one_of(name: str, value: str, *choices: str) -> None:
     if value not in choices:
         raise ValueError(f"record: {name} is one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -277,6 +295,15 @@ def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
     for module in model.modules():
         yield from (x for x in vars(module).values() if isinstance(x, Tensor))
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    compiled = [name or "the model" for name, module in model.named_modules() if type(module).__name__ == "OptimizedModule"]
+    if compiled:
+        raise UnsupportedOpError(
+            f"record: {', '.join(compiled)} is compiled by torch.compile, and the recording cannot see into it. Record the module that "
+            "was compiled (its `_orig_mod`), which shares its parameters."
+        )
 
 
 def _is_packed(value: object) -> TypeGuard[PackedSequence]:

@@ -178,7 +178,8 @@ def _loop(call: _Call, inputs: list[Tensor], sample: Sample) -> tuple[dict[str, 
         leaves = [*parameters.values(), *(x for x in one if x.requires_grad)]
         found = torch.autograd.grad(single(*one), leaves, allow_unused=True, materialize_grads=True)
         for name, grad in zip(parameters, found, strict=False):
-            rows[name].append(grad)
+            # an op with sparse gradients stands for the same numbers
+            rows[name].append(grad.to_dense() if grad.is_sparse else grad)
         rest = iter(found[len(parameters) :])
         pieces.append([next(rest) if x.requires_grad else None for x in one])
     stacked = {

@@ -1,7 +1,8 @@
 """Recordings whose backward comes later, by the user's own call, and leaves `grad_sample` on the parameters."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,6 @@ from samplewise.errors import SamplewiseError
 from samplewise.factors import Dense
 from samplewise.recording import Recording
 from samplewise.taps import Factors, Grads
-
-
-class EarlierRowsError(SamplewiseError):
-    """A parameter still has the `grad_sample` of an earlier backward."""
 
 
 class LateRecording(Recording):
@@ -32,7 +29,7 @@ class LateRecording(Recording):
     ) -> None:
         super().__init__(model, batch_size=batch_size, batch_dim=batch_dim, loss_reduction=loss_reduction)
         self.parameters = dict(parameters)  # type: ignore[arg-type]
-        self._running: Callable[[], object] = _nothing
+        self._running: weakref.ref[_Finish] | None = None
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors, and see to it that they are written when this backward ends."""
@@ -50,10 +47,10 @@ class LateRecording(Recording):
 
     def begin(self) -> None:
         """Start collecting for the outermost backward that now runs; a no-op until it ends."""
-        if self._running() is not None:
+        if self._running is not None and self._running() is not None:
             return
         self.before_backward()
-        self.collector = Collector(self.parameters)  # type: ignore[arg-type]
+        self.collector = Collector(self.parameters)
         finish = _Finish(self)
         # autograd owns the callback: it is gone when the backward has ended, with an error or without
         Variable._execution_engine.queue_callback(finish)  # noqa: SLF001
@@ -62,10 +59,9 @@ class LateRecording(Recording):
     def before_backward(self) -> None:
         """Look at the parameters before anything is collected for them."""
 
-    def write(self, keeps_graph: bool) -> None:  # noqa: FBT001
+    def write(self) -> None:
         """Add the collected rows to the parameters' `grad_sample`."""
-        for name, factor in self.collected().items():
-            add_rows(self.parameters[name], factor.to_dense())
+        raise NotImplementedError
 
 
 class _Finish:
@@ -73,17 +69,27 @@ class _Finish:
 
     def __init__(self, recording: LateRecording) -> None:
         self.recording = recording
-        self.keeps_graph: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]  # noqa: SLF001
+        self.keeps_graph: bool = torch._C._autograd._get_current_graph_task_keep_graph()  # noqa: SLF001
 
     def __call__(self) -> None:
         with torch.no_grad(), torch._C.DisableTorchFunction():  # noqa: SLF001
-            self.recording.write(self.keeps_graph)
+            self.recording.write()
+        self.recording.collector = Collector(self.recording.parameters)
+        if not self.keeps_graph:
+            # no other backward can come
+            remove(self.recording._handles)  # noqa: SLF001
+
+
+def remove(handles: list[Any]) -> None:
+    """Take hooks off."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def add_rows(parameter: Tensor, rows: Tensor) -> None:
     """Set `parameter.grad_sample`, or add to what it is."""
     earlier = rows_of(parameter)
-    rows = rows.to(parameter.dtype)
     parameter.grad_sample = rows if earlier is None else earlier + rows  # type: ignore[attr-defined]
 
 
@@ -96,12 +102,8 @@ def refuse_earlier_rows(parameters: Mapping[str, Tensor]) -> None:
     """Raise if a parameter still has rows, which those of another batch would be added to."""
     for name, parameter in parameters.items():
         if rows_of(parameter) is not None:
-            raise EarlierRowsError(
-                f"call_for_per_sample_grads: '{name}' still has the grad_sample of an earlier call, of shape "
-                f"{tuple(parameter.grad_sample.shape)}, and rows of two batches are never added: that would be incorrect "  # type: ignore[attr-defined]
-                "for multiple calls. Please clear out the grad_sample parameter first (`p.grad_sample = None`)."
+            raise SamplewiseError(
+                f"call_for_per_sample_grads: '{name}' still has the grad_sample of an earlier call, and adding the rows of another "
+                "batch will be incorrect for multiple calls without clearing gradients. Please clear out the grad_sample parameter "
+                "of the module's parameters first, for instance `p.grad_sample = None`"
             )
-
-
-def _nothing() -> None:
-    return None
