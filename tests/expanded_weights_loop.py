@@ -4,9 +4,10 @@ import copy
 import itertools
 
 import torch
-from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads
 
 WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.complex64: torch.complex128}
 
@@ -18,9 +19,7 @@ def wide(value):
 
 def score(output):
     """A loss that is a sum over samples of something not linear in the output."""
-    leaves = [
-        t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
-    ]
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
     return sum((t.abs().square() + (1.3 * t.real).sin()).sum() for t in leaves)
 
 
@@ -35,9 +34,7 @@ def one_of(value, index, dim, size):
 
 def module_loop(module, args, kwargs=None, *, size, dim=0, loss=score, one=one_of):
     """{parameter: (n, *shape)} of a module, sample by sample."""
-    module = copy.deepcopy(module).to(
-        torch.complex128 if any(p.is_complex() for p in module.parameters()) else torch.float64
-    )
+    module = copy.deepcopy(module).to(torch.complex128 if any(p.is_complex() for p in module.parameters()) else torch.float64)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     rows = {name: [] for name in names}
     args, kwargs = wide(args), wide(kwargs or {})
@@ -50,10 +47,7 @@ def module_loop(module, args, kwargs=None, *, size, dim=0, loss=score, one=one_o
             if p.requires_grad:
                 rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
     parameters = dict(module.named_parameters())
-    return {
-        name: torch.stack(rows[name]) if size else parameters[name].new_zeros(0, *parameters[name].shape)
-        for name in names
-    }
+    return {name: torch.stack(rows[name]) if size else parameters[name].new_zeros(0, *parameters[name].shape) for name in names}
 
 
 def close(got, expected, what="", *, rtol=None):
@@ -102,15 +96,14 @@ def check_op(op, x, shapes, *, trainable=None, needs_grad=False, loss_reduction=
     """`op(x, *parameters)` with ExpandedWeights gives each parameter its rows, and the input its gradient."""
     size = x.shape[0]
     trainable = trainable or [True] * len(shapes)
-    weights = [
-        torch.randn(shape, dtype=dtype).requires_grad_(grad) for shape, grad in zip(shapes, trainable, strict=True)
-    ]
+    weights = [torch.randn(shape, dtype=dtype).requires_grad_(grad) for shape, grad in zip(shapes, trainable, strict=True)]
     x = x.clone(memory_format=torch.preserve_format).requires_grad_(needs_grad)
     rows = []
     for index in range(size):
         alone = [w.detach().clone().requires_grad_(w.requires_grad) for w in weights]
-        # contiguous: PyTorch 2.13 crashes in the group norm backward of a channels_last input without gradient
-        loss(op(x.detach()[index : index + 1].contiguous(), *alone)).backward()
+        # PyTorch 2.13's group norm backward fails, or crashes on channels_last, where the input needs no gradient
+        one = x.detach()[index : index + 1].clone().requires_grad_(x.is_floating_point())
+        loss(op(one, *alone)).backward()
         rows.append([None if w.grad is None else w.grad.to_dense() for w in alone])
     plain = op(x, *weights)
     (wanted,) = torch.autograd.grad(loss(plain), x) if needs_grad else (None,)

@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from samplewise.expanded_weights import call_for_per_sample_grads
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
@@ -21,6 +20,7 @@ from expanded_weights_loop import (
     options,
     score,
 )
+from samplewise.expanded_weights import call_for_per_sample_grads
 
 
 @pytest.fixture(autouse=True)
@@ -140,9 +140,7 @@ def test_plain_calls_are_untouched_before_and_after():
 def test_nothing_is_left_on_the_module():
     model = mlp()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    hooks = {
-        name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in model.named_modules()
-    }
+    hooks = {name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in model.named_modules()}
     kinds = [type(p) for p in model.parameters()]
     output = call_for_per_sample_grads(model)(batch(3, 4))
     output.sum().backward()
@@ -152,11 +150,16 @@ def test_nothing_is_left_on_the_module():
     assert all(not p._backward_hooks and set(vars(p)) <= {"grad_sample"} for p in model.parameters())
 
 
-def test_a_call_that_is_dropped_frees_its_graph():
+def test_a_call_that_is_dropped_frees_its_graph_at_once():
+    """Without waiting for the garbage collector: no cycle holds activations, and no guard stays on the parameters."""
     model, x = mlp(), batch(3, 4)
-    alive = weakref.ref(call_for_per_sample_grads(model)(x).grad_fn)
-    gc.collect()
-    assert alive() is None
+    gc.disable()
+    try:
+        alive = weakref.ref(call_for_per_sample_grads(model)(x).grad_fn)
+        assert alive() is None
+        assert not any(p._backward_hooks for p in model.parameters())
+    finally:
+        gc.enable()
 
 
 def test_an_error_in_the_forward_leaves_nothing_behind():
@@ -274,3 +277,73 @@ def test_two_calls_in_one_backward_add_up():
     (one * two).sum(1).sin().sum().backward()
     for p, rows in zip(model.parameters(), expected, strict=True):
         close(p.grad_sample, rows)
+
+
+def test_a_backward_that_failed_leaves_no_rows_to_the_next():
+    model, x, failing = mlp(), batch(3, 4), [True]
+
+    def fail(grad):
+        if failing:
+            raise ValueError("of the user")
+
+    model[1].register_forward_hook(lambda module, args, out: out.register_hook(fail) and None)
+    expected = module_loop(mlp_like(model), (x,), size=3)
+    value = score(call_for_per_sample_grads(model)(x))
+    with pytest.raises(ValueError, match="of the user"):
+        value.backward(retain_graph=True)
+    failing.clear()
+    value.backward()
+    for name, p in model.named_parameters():
+        close(p.grad_sample, expected[name], name)
+
+
+def mlp_like(model):
+    """The same values without hooks."""
+    twin = mlp()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_an_ordinary_gradient_beside_the_rows_is_refused():
+    """The module's own parameter, used behind the wrapper's back: a gradient that the rows would miss."""
+    model, x = mlp(), batch(3, 4)
+    with pytest.raises(RuntimeError, match="ordinary gradient"):
+        (call_for_per_sample_grads(model)(x).sum() + model[0].weight.square().sum()).backward()
+    assert all(getattr(p, "grad_sample", None) is None for p in model.parameters())
+
+
+SAME_FOR_ALL = [
+    ("a parameter", lambda m, x: (m.a(x), m.scale * 2)),
+    ("nothing else", lambda m, x: m.scale.square()),
+    ("similarities", lambda m, x: m.a(x) @ m.a(x).t()),
+    ("a batch statistic", lambda m, x: m.a(x).std(0)),
+    ("a product of means", lambda m, x: m.a(x).mean() * m.a(x).mean()),
+]
+
+
+@pytest.mark.parametrize("forward", [each for _, each in SAME_FOR_ALL], ids=[name for name, _ in SAME_FOR_ALL])
+def test_outputs_that_do_not_split_over_samples_are_refused(forward):
+    model, x = Called(forward, a=nn.Linear(4, 3).double(), scale=(2,)), batch(5, 4).requires_grad_()
+    output = call_for_per_sample_grads(model)(x)
+    with pytest.raises(RuntimeError, match=r"call_for_per_sample_grads|ordinary gradient"):
+        score(output).backward()
+    assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
+
+
+def test_a_loss_inside_the_module():
+    model = Called(lambda m, x, y: F.cross_entropy(m.a(x), y, reduction="sum"), a=nn.Linear(4, 3).double())
+    x, y = batch(3, 4), torch.tensor([0, 2, 1])
+    check_module(model, x, y, loss=lambda out: out)
+    for p in model.parameters():
+        p.grad_sample = None
+    mean = Called(lambda m, x, y: F.cross_entropy(m.a(x), y), a=model.a)
+    expected = module_loop(mean, (x, y), size=3, loss=lambda out: out)
+    call_for_per_sample_grads(mean, loss_reduction="mean")(x, y).backward()
+    for name, p in mean.named_parameters():
+        close(p.grad_sample, expected[name], name)
+
+
+def test_a_weighted_mean_inside_the_module_is_refused():
+    model = Called(lambda m, x, y: F.cross_entropy(m.a(x), y, ignore_index=2), a=nn.Linear(4, 3).double())
+    with pytest.raises(RuntimeError, match="weighted mean"):
+        call_for_per_sample_grads(model, loss_reduction="mean")(batch(3, 4), torch.tensor([0, 2, 1])).backward()

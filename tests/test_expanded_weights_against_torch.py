@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from expanded_weights_loop import Called, batch, check_module, close, manual, module_loop, score
+from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,7 @@ def test_padding_idx_gets_no_gradient():
 
 def test_scale_grad_by_freq_is_refused():
     with pytest.raises(RuntimeError, match="scale_grad_by_freq"):
-        call_for_per_sample_grads(nn.Embedding(6, 3, scale_grad_by_freq=True))(
-            torch.tensor([[2, 1], [2, 2]])
-        ).sum().backward()
+        call_for_per_sample_grads(nn.Embedding(6, 3, scale_grad_by_freq=True))(torch.tensor([[2, 1], [2, 2]])).sum().backward()
 
 
 def test_embedding_that_renormalises_is_exact_or_refused():
@@ -112,13 +110,24 @@ def test_the_users_input_edited_in_place_after_the_forward_raises():
         value.backward()
 
 
-@pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.Conv1d(4, 3, 2), nn.Conv2d(4, 3, 2, groups=1)], ids=str)
-def test_complex(module):
-    module, shape = (
-        module.to(torch.complex128),
-        {"Linear": (3, 4), "Conv1d": (3, 4, 5), "Conv2d": (3, 4, 5, 4)}[type(module).__name__],
-    )
-    check_module(module, torch.randn(shape, dtype=torch.complex128, requires_grad=True))
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: F.linear(x, m.w, m.b),
+        lambda m, x: x @ m.w.mT + m.b,
+        lambda m, x: x @ m.w.mH * m.b,
+        lambda m, x: torch.einsum("nti,oi->nto", x.conj(), m.w.conj()) / m.b,
+        lambda m, x: F.conv1d(x.mT, m.w[..., None], m.b),
+    ],
+    ids=["linear", "matmul", "adjoint", "einsum", "conv1d"],
+)
+def test_complex_is_exact_or_refused(call):
+    model, x = Called(call, dtype=torch.complex128, w=(3, 4), b=(3,)), torch.randn(2, 5, 4, dtype=torch.complex128)
+    if call(model, x).shape[1] == 3:
+        with pytest.raises(RuntimeError, match="complex"):
+            score(call_for_per_sample_grads(model)(x)).backward()
+    else:
+        check_module(model, x.requires_grad_())
 
 
 class Checkpointed(nn.Module):
@@ -240,9 +249,7 @@ def test_samples_that_meet_are_refused():
         lambda h: h.flip(0) * h,
         lambda h: torch.cat([h, h]),
     ):
-        model = Called(
-            lambda m, x, meet=meet: m.b(meet(m.a(x))[:, :3]), a=nn.Linear(4, 3).double(), b=nn.Linear(3, 2).double()
-        )
+        model = Called(lambda m, x, meet=meet: m.b(meet(m.a(x))[:, :3]), a=nn.Linear(4, 3).double(), b=nn.Linear(3, 2).double())
         with pytest.raises(RuntimeError):
             score(call_for_per_sample_grads(model)(batch(4, 4))).backward()
 
@@ -297,9 +304,7 @@ def test_transformer_encoder_layer(norm_first, batch_first):
     for training in (True, False):
         for p in model.parameters():
             p.grad_sample = None
-        check_module(
-            model.train(training), batch(3, 5, 4) if batch_first else batch(5, 3, 4), dim=0 if batch_first else 1
-        )
+        check_module(model.train(training), batch(3, 5, 4) if batch_first else batch(5, 3, 4), dim=0 if batch_first else 1)
 
 
 def test_transformer():

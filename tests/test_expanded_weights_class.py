@@ -5,7 +5,6 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads, implements_per_sample_grads
 from torch import nn
 
 from expanded_weights_loop import (
@@ -18,6 +17,7 @@ from expanded_weights_loop import (
     trainable,
 )
 from samplewise import expanded_weights as ew
+from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads, implements_per_sample_grads
 
 
 @pytest.fixture(autouse=True)
@@ -180,34 +180,32 @@ def test_smaller_batches_fill_the_first_rows():
         F.linear(batch(6, 4), wide)
 
 
+# name, shape of the weight, op(x, weight) with x of (3, 4)
 ARITHMETIC = [
-    ("+", lambda x, w: x + w),
-    ("*", lambda x, w: w * x),
-    ("add", lambda x, w: torch.add(x, w, alpha=2)),
-    ("-", lambda x, w: 1 - w - x),
-    ("/", lambda x, w: x / (w * w + 1)),
-    ("@", lambda x, w: x @ w),
-    ("@ .t()", lambda x, w: x @ w.t()),
-    ("matmul .T", lambda x, w: torch.matmul(x, w.T * 2)),
-    ("[]", lambda x, w: x * w[0] + w[1:2]),
-    ("expand", lambda x, w: torch.cat([x[:, None], w[None, :1].expand(len(x), 1, 4)], 1)),
-    (".to", lambda x, w: x @ w.to(torch.float64)),
-    ("weight norm", lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True))),
-    ("where", lambda x, w: torch.where(x > 0, x * w[0], w[1])),
+    ("+", (4,), lambda x, w: x + w),
+    ("*", (4,), lambda x, w: w * x),
+    ("add", (1, 4), lambda x, w: torch.add(x, w, alpha=2)),
+    ("-", (4,), lambda x, w: 1 - w - x),
+    ("/", (), lambda x, w: x / (w * w + 1)),
+    ("@", (4, 4), lambda x, w: x @ w),
+    ("@ .t()", (4, 4), lambda x, w: x @ w.t()),
+    ("matmul .T", (4, 4), lambda x, w: torch.matmul(x, w.T * 2)),
+    ("[]", (4, 4), lambda x, w: x * w[0] + w[1:2]),
+    ("expand", (4, 4), lambda x, w: torch.cat([x[:, None], w[None, :1].expand(len(x), 1, 4)], 1)),
+    (".to", (4, 4), lambda x, w: x @ w.to(torch.float32).double()),
+    ("weight norm", (4, 4), lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True))),
+    ("where", (4, 4), lambda x, w: torch.where(x > 0, x * w[0], w[1])),
 ]
 
 
-@pytest.mark.parametrize("call", [call for _, call in ARITHMETIC], ids=[name for name, _ in ARITHMETIC])
-def test_arithmetic_on_an_expanded_weight(call):
-    weight, x = trainable(4, 4), batch(3, 4)
-    if call(x, weight).shape == (4, 4):
-        x = batch(4, 4)
-    if any(call is each for name, each in ARITHMETIC if name in {"+", "*", "add", "-", "/"}):
-        weight = trainable(4)
-    (rows,) = manual(len(x), lambda i: score(call(x[i : i + 1], weight)), [weight])
-    score(call(x, ExpandedWeight(weight, len(x), "sum"))).backward()
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize(("shape", "call"), [pytest.param(*case, id=name) for name, *case in ARITHMETIC])
+def test_arithmetic_on_an_expanded_weight(shape, call, size):
+    weight, x = trainable(*shape), batch(size, 4)
+    (rows,) = manual(size, lambda i: score(call(x[i : i + 1], weight)), [weight])
+    score(call(x, ExpandedWeight(weight, size, "sum"))).backward()
     assert weight.grad is None
-    close(weight.grad_sample, rows)
+    close(weight.grad_sample, rows, rtol=1e-5)
 
 
 @pytest.fixture
@@ -290,3 +288,10 @@ def test_a_function_unknown_to_torch_can_be_registered(registered):
     weight, x = trainable(4), batch(2, 4).relu()
     torch.heaviside(x, ExpandedWeight(weight, 2, "sum")).sum().backward()
     close(weight.grad_sample, (x == 0).double())
+
+
+def test_a_backward_without_samples_is_refused():
+    weight = trainable(4)
+    with pytest.raises(RuntimeError, match="same for all samples"):
+        (ExpandedWeight(weight, 3, "sum") * batch(5, 4)).sum().backward()
+    assert weight.grad is None

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from samplewise.expanded_weights import ExpandedWeight
 
 from expanded_weights_loop import (
     batch,
@@ -15,6 +14,7 @@ from expanded_weights_loop import (
     trainable,
 )
 from samplewise import expanded_weights as ew
+from samplewise.expanded_weights import ExpandedWeight
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from samplewise.expanded_weights import call_for_per_sample_grads
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from expanded_weights_loop import Called, check_module, close, module_loop, options, score
+from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,7 @@ def first(out):
 
 
 @each_case
-@pytest.mark.parametrize("loss_reduction", ["sum", "mean"])
-@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize(("loss_reduction", "needs_grad"), [("sum", True), ("mean", False)])
 def test_batch_first(kind, layers, loss_reduction, needs_grad):
     x = torch.randn(3, 5, 3, dtype=torch.float64, requires_grad=needs_grad)
     check_module(build(kind, layers), x, loss=score, loss_reduction=loss_reduction)
@@ -102,9 +101,7 @@ def test_given_states_batch_first(kind, layers):
     def one(args, index, dim, size):
         return (args[0][index : index + 1], nest(args[1], lambda h: h[:, index : index + 1])) if args else args
 
-    expected = module_loop(
-        model, (x, hx), size=5, one=lambda v, i, d, s: one(v, i, d, s) if isinstance(v, tuple) else v
-    )
+    expected = module_loop(model, (x, hx), size=5, one=lambda v, i, d, s: one(v, i, d, s) if isinstance(v, tuple) else v)
     check_module(model, x, hx, size=5, given=5, loop=expected)
 
 
@@ -138,9 +135,7 @@ class Packed(nn.Module):
         self.rnn, self.enforce_sorted = rnn, enforce_sorted
 
     def forward(self, x, lengths):
-        packed = pack_padded_sequence(
-            x, lengths.cpu(), batch_first=self.rnn.batch_first, enforce_sorted=self.enforce_sorted
-        )
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=self.rnn.batch_first, enforce_sorted=self.enforce_sorted)
         out, _ = self.rnn(packed)
         return pad_packed_sequence(
             out, batch_first=self.rnn.batch_first, total_length=x.shape[1 if self.rnn.batch_first else 0]
@@ -159,8 +154,7 @@ def test_packed_inside(kind, layers, lengths, enforce_sorted):
 
 @each_case
 @pytest.mark.parametrize(("lengths", "enforce_sorted"), LENGTHS, ids=str)
-@pytest.mark.parametrize("given", [None, 3])
-def test_packed_outside(kind, layers, lengths, enforce_sorted, given):
+def test_packed_outside(kind, layers, lengths, enforce_sorted):
     model = build(kind, layers)
     sequences = [torch.randn(length, 3, dtype=torch.float64) for length in lengths]
     expected = {name: [] for name, _ in model.named_parameters()}
@@ -171,7 +165,7 @@ def test_packed_outside(kind, layers, lengths, enforce_sorted, given):
             expected[name].append(p.grad)
     model.zero_grad()
     packed = pack_sequence(sequences, enforce_sorted=enforce_sorted)
-    out, hidden = call_for_per_sample_grads(model, batch_size=given)(packed)
+    out, hidden = call_for_per_sample_grads(model)(packed)
     assert isinstance(out, PackedSequence)
     plain, _ = model(packed)
     torch.testing.assert_close(out.data, plain.data)
@@ -226,3 +220,37 @@ def test_dropout_between_layers_keeps_its_draw(option):
     first(call_for_per_sample_grads(model)(x)).backward()
     for name, p in model.named_parameters():
         close(p.grad_sample.sum(0), total[name], name)
+
+
+def expanded(model, size):
+    """The module's parameters, expanded, for `torch.func.functional_call`."""
+    return {name: ExpandedWeight(p, size, "sum") for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("length", [3, 5])
+@each_case
+def test_expanded_weights_by_hand(kind, layers, length, batch_first):
+    model, x = build(kind, layers, batch_first=batch_first), torch.randn(3, length, 3, dtype=torch.float64)
+    x = x if batch_first else x.transpose(0, 1)
+    expected = module_loop(model, (x,), size=3, dim=0 if batch_first else 1)
+    score(torch.func.functional_call(model, expanded(model, 3), (x,))).backward()
+    for name, p in model.named_parameters():
+        close(p.grad_sample, expected[name], name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_expanded_weights_by_hand(kind):
+    model, sequences = build(kind, {}), [torch.randn(length, 3, dtype=torch.float64) for length in (4, 3, 1)]
+    out, hidden = torch.func.functional_call(model, expanded(model, 3), (pack_sequence(sequences),))
+    (score(out.data) + score(hidden)).backward()
+    for name, p in model.named_parameters():
+        rows = [torch.autograd.grad(score(model(sequence[None])), p)[0] for sequence in sequences]
+        close(p.grad_sample, torch.stack(rows), name)
+
+
+@pytest.mark.parametrize("kind", ["tanh", "gru"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_learned_initial_state(kind, size):
+    model = Called(lambda m, x: m.rnn(x, m.start.expand(1, len(x), 4))[0], rnn=build(kind, {}), start=(1, 1, 4))
+    check_module(model, torch.randn(size, 5, 3, dtype=torch.float64))

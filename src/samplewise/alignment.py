@@ -178,7 +178,9 @@ def _axes_of_tensor(call: Call, item: _Item, axis: Axis | None, place: int) -> s
 
 def _full_index(call: Call, x: Tensor, index: object) -> list[_Item]:
     """Every entry of an index, with the ellipsis and the missing dims written out, and masks as the positions they take."""
-    items = [_as_item(item) for item in (index if isinstance(index, tuple) else (index,))]
+    given = index if isinstance(index, tuple) else (index,)
+    items = [_as_item(item) for item in given]
+    own = {id(item) for item in given if isinstance(item, Tensor)}
     if not any(item is Ellipsis for item in items):
         items.append(Ellipsis)
     hidden = x.ndim - sum(_consumed(item) for item in items)
@@ -191,7 +193,7 @@ def _full_index(call: Call, x: Tensor, index: object) -> list[_Item]:
         elif _is_mask(item):
             full += _mask_items(call, item, source)
         else:
-            full.append(_Item(source, item, call.where(item) if isinstance(item, Tensor) else None))
+            full.append(_Item(source, item, call.where(item) if id(item) in own else None))
         source += _consumed(item)
     return full
 

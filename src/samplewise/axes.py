@@ -87,10 +87,11 @@ class Call:
     kwargs: dict[str, Any]
     n: int
     where: Callable[[Tensor], Where | None]
-    inplace: bool = False
     tensors: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.name in {"max", "min"} and isinstance(self.get(1, "other"), Tensor):
+            self.name += "imum"
         self.tensors = list(tensors_in(self.args[:1] if self.name in LENDING else (self.args, self.kwargs)))
 
     def get(self, position: int, name: str, default: Any = None) -> Any:

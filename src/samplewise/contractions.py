@@ -25,10 +25,6 @@ class Contraction:
     alpha: complex = 1
     addend: Tensor | None = None
 
-    def rows_first(self, sample: str) -> tuple[tuple[Letters, ...], Letters]:
-        """The letters once the axis `sample` of every operand that has it, and of the result, is moved to the front."""
-        return tuple(_front(names, sample) for names in self.letters), _front(self.result, sample)
-
 
 def contract(equation: Sequence[Letters], operands: Sequence[Tensor], alpha: complex = 1) -> Tensor:
     """The canonical op that every product is recorded as: letters of each operand, then those of the result."""
@@ -38,7 +34,8 @@ def contract(equation: Sequence[Letters], operands: Sequence[Tensor], alpha: com
     return product if alpha == 1 else alpha * product
 
 
-def _front(names: Letters, sample: str) -> Letters:
+def rows_first(names: Letters, sample: str) -> Letters:
+    """The letters of a tensor once its axis `sample` is moved to the front."""
     return (sample, *(name for name in names if name != sample)) if sample in names else names
 
 

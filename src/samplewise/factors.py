@@ -262,7 +262,7 @@ class Convolution(Factor):
         d, n, g = len(kernel), self.n, self.groups
         # (n, c, *space, *kernel) -> (n, g, t, c/g * kernel)
         grouped = patches.unflatten(1, (g, -1)).movedim(2, 2 + d).flatten(2, 1 + d).flatten(3)
-        left = self.grad.reshape(n, g, -1, math.prod(self.grad.shape[2:])).mT
+        left = self.grad.reshape(n, g, self.shape[0] // g, math.prod(self.grad.shape[2:])).mT
         return Outer(left, grouped, self.shape)
 
     def _weight_grad(self, grad: Tensor, input: Tensor, folds: int = 1) -> Tensor:
@@ -314,7 +314,7 @@ class Diagonal(Factor):
         return self._per_owner(wide(self.grad) * direction)
 
     def _on_axis(self, rows: Tensor) -> Tensor:
-        return rows.reshape(len(rows), *[-1 if d == self.dim else 1 for d in range(self.grad.ndim)])
+        return rows.reshape(len(rows), *[rows.shape[1] if d == self.dim else 1 for d in range(self.grad.ndim)])
 
     def _per_owner(self, values: Tensor) -> Tensor:
         totals = values.movedim(self.dim, 0).flatten(1).sum(1) if values.ndim > 1 else values

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from .alignment import through_index, written
 from .axes import Axis, Call, Lost, tensors_in
 from .collecting import Shared, Source, Use
-from .contractions import CONTRACTIONS, Contraction, contract
+from .contractions import CONTRACTIONS, Contraction, contract, rows_first
 from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor
 from .registry import RULES, Operation, Rule, operation
@@ -38,7 +38,7 @@ def mix(recording: "Recording", func: Function, op: Operation, call: Call, share
         )
     if op.name == "setitem":
         return _assign(recording, func, call, shared)
-    if op.name in ALIGNED:
+    if call.name in ALIGNED:
         return _enter_aligned(recording, func, call, shared)
     rule = RULES.get(op.name)
     if rule is not None:
@@ -147,17 +147,19 @@ def enter(recording: "Recording", call: Call, tensor: Tensor, axis: Axis, ndim: 
     source = _source(recording, origin)
     uses = recording.collector.expect(source, call.name, "rows")
     diagonal = own and origin is tensor
+    # the closure holds no tensor and no call
+    n, shape, below = call.n, origin.shape, value.ndim - origin.ndim
 
     def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
         grad = grads[0]
         assert grad is not None
         if diagonal:
-            owners = placed.owners(call.n).to(grad.device)
-            return [(source, uses, Diagonal(grad.reshape(source.shape), owners, dim, call.n))]
-        rest = [*[1] * (value.ndim - origin.ndim), *origin.shape]
+            owners = placed.owners(n).to(grad.device)
+            return [(source, uses, Diagonal(grad.reshape(source.shape), owners, dim, n))]
+        rest = [*[1] * below, *shape]
         del rest[dim]
-        dense = _sum_to(placed.rows(grad, call.n), Size(rest))
-        return [(source, uses, Dense(dense.reshape(len(dense), *source.shape)).regroup(call.n))]
+        dense = _sum_to(placed.rows(grad, n), Size(rest))
+        return [(source, uses, Dense(dense.reshape(len(dense), *source.shape)).regroup(n))]
 
     value = value if own else value.expand(*value.shape[:dim], rows, *value.shape[dim + 1 :])
     entered: Tensor = Enter.run(recording, factors, recording.anchor, value)
@@ -253,17 +255,15 @@ def _tap(
     sources = [(name, k, _source(recording, x)) for name, k, x in wanted]
     uses = [recording.collector.expect(source, call.name, "rule") for *_, source in sources]
     keeps_out = "out" in needed
+    # the closure must not hold the call or its results: their tensors would outlive the graph, past every saved-tensor hook
+    n, op, count = call.n, call.name, len(outs)
 
     def factors(grads: Grads, saved: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
-        rows = [None if g is None else axis.rows(g, call.n) for g, axis in zip(grads, places, strict=True)]
-        results = (
-            [axis.rows(x, call.n) for x, axis in zip(saved[-len(outs) :], places, strict=True)]
-            if keeps_out
-            else [None] * len(outs)
-        )
+        rows = [None if g is None else axis.rows(g, n) for g, axis in zip(grads, places, strict=True)]
+        results = [axis.rows(x, n) for x, axis in zip(saved[-count:], places, strict=True)] if keeps_out else [None] * count
         dtype = next(g.dtype for g in grads if g is not None)
-        filled = tree_map(lambda x: x.filled(saved, call.n, dtype) if isinstance(x, Slot) else x, held)
-        single = len(outs) == 1
+        filled = tree_map(lambda x: x.filled(saved, n, dtype) if isinstance(x, Slot) else x, held)
+        single = count == 1
         try:
             found = rule.function(rows[0] if single else rows, results[0] if single else results, **filled)
         except NotImplementedError as error:
@@ -271,7 +271,7 @@ def _tap(
                 f"{error} (parameter {', '.join(use.parameter for uses_ in uses for use in uses_)})"
             ) from error
         return [
-            (source, use, _checked(call, found, name, k, source).regroup(call.n))
+            (source, use, _checked(op, found, name, k, source).regroup(n))
             for (name, k, source), use in zip(sources, uses, strict=True)
         ]
 
@@ -300,18 +300,18 @@ def _placed(recording: "Recording", call: Call, out: Tensor, shared: list[Tensor
     return where
 
 
-def _checked(call: Call, found: Mapping[str, Any], name: str, place: int | None, source: Source) -> Factor:
+def _checked(op: str, found: Mapping[str, Any], name: str, place: int | None, source: Source) -> Factor:
     factor = found.get(name)
     factor = factor[place] if isinstance(factor, list) and place is not None else factor
     factor = factor() if callable(factor) else factor
     if not isinstance(factor, Factor):
         raise UnsupportedOpError(
-            f"{call.name}: its rule gives no factor for '{name}' ({', '.join(sorted(source.names))}), got {type(factor).__name__}. "
+            f"{op}: its rule gives no factor for '{name}' ({', '.join(sorted(source.names))}), got {type(factor).__name__}. "
             "Return {'" + name + "': Factor} from the rule, or freeze the parameter."
         )
     if factor.shape != source.shape:
         raise UnsupportedOpError(
-            f"{call.name}: its rule gives '{name}' a gradient of shape {tuple(factor.shape)}, expected {tuple(source.shape)}"
+            f"{op}: its rule gives '{name}' a gradient of shape {tuple(factor.shape)}, expected {tuple(source.shape)}"
         )
     return factor
 
@@ -344,8 +344,11 @@ def _contract(recording: "Recording", func: Function, call: Call, shared: list[T
         for x, names in zip(operands, product.letters, strict=True)
         if letter in names and x.shape[names.index(letter)] == rows and not any(x is r for r in rest)
     }
-    letters, result = product.rows_first(letter)
-    arguments = {"equation": (*letters, result), "operands": operands, "alpha": product.alpha}
+    # parameters, and what broadcasts over the samples, stay as they are
+    letters = [
+        rows_first(names, letter) if id(x) in axes else names for x, names in zip(operands, product.letters, strict=True)
+    ]
+    arguments = {"equation": (*letters, rows_first(product.result, letter)), "operands": operands, "alpha": product.alpha}
     return _tap(recording, call, RULES[operation(contract).name], arguments, axes, rest, out)
 
 
@@ -395,6 +398,8 @@ def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call
         plain = func(*call.args, **call.kwargs)
     if not isinstance(plain, Tensor):
         raise UnsupportedOpError(f"{call.name}: has no rule, and the fallback knows ops with one tensor as result only.")
+    if not call.n:
+        return _empty(recording, plain)
     try:
         each = torch.func.vmap(one, randomness="different")(*copies, *stacks)
     except (RuntimeError, ValueError, NotImplementedError):
@@ -408,11 +413,20 @@ def _copies(recording: "Recording", call: Call, tensor: Tensor) -> Tensor:
     uses = recording.collector.expect(source, call.name, "fallback")
 
     def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
-        assert grads[0] is not None
-        return [(source, uses, Dense(grads[0]))]
+        grad = grads[0]
+        assert grad is not None
+        return [(source, uses, Dense(grad))]
 
     copies = tensor.detach().expand(call.n, *tensor.shape)
     return Enter.run(recording, factors, recording.anchor, copies)
+
+
+def _empty(recording: "Recording", plain: Tensor) -> Tensor:
+    """The result of a fallback on no samples: nothing to run, and no gradient but an empty one."""
+    (out,) = Tap.run(recording, lambda *_: [], recording.anchor, [plain.clone()], [])
+    dims = [dim for dim, size in enumerate(plain.shape) if not size]
+    recording.declare(out, Axis(dims[0]) if dims else Lost("an op on no samples", linear=True))
+    return out
 
 
 def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:

@@ -24,7 +24,7 @@ from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, Unsuppo
 from .factors import Factor
 from .mixing import mix
 from .registry import EXPANSIONS, Operation, operation
-from .sample_axis import EXPANDS, MOVES, follow
+from .sample_axis import EXPANDS, MOVES, TURNS, follow
 from .taps import Factors, Grads
 
 CONSTANT = "constant"
@@ -182,13 +182,26 @@ class Recording(TorchFunctionMode):
         kwargs, op = kwargs or {}, operation(func)
         if op.plain_property:
             return func(*args, **kwargs)
-        inner = EXPANSIONS.get(op.name, op.source)
+        inner = None if op.inplace else EXPANSIONS.get(op.name, op.source)
         if inner is not None:
             if func is torch.autograd.backward and not _in_backward():
                 self._check_losses(args[0] if args else kwargs["tensors"])
             with self:
-                return inner(*args, **kwargs)
-        call = Call(op.name, args, kwargs, self.n or 0, self.where, op.inplace)
+                out = inner(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return self._run(func, op, args, kwargs)
+
+    def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One op that reaches C++."""
+        target = args[0] if op.inplace and args and isinstance(args[0], Tensor) else None
+        if target is not None and op.name in TURNS:
+            # what the op does is told from the shape before
+            before = target.detach()
+            self.declare(before, self.kind(target))
+            call = Call(op.name, (before, *args[1:]), kwargs, self.n or 0, self.where)
+        else:
+            call = Call(op.name, args, kwargs, self.n or 0, self.where)
         shared = [x for x in call.tensors if isinstance(self.kind(x), Shared)]
         meeting = bool(shared) and any(self.where(x) is not None for x in call.tensors)
         if meeting and torch.is_grad_enabled():
@@ -197,17 +210,18 @@ class Recording(TorchFunctionMode):
             out = func(*args, **kwargs)
             if meeting:
                 self.collector.expect_hidden(self._names(shared))
-        self._mark(op, call, out, shared)
+        # what is known already: an operand given back as it is, or a result of the fallback
+        results = [target] if target is not None else [x for x in tensors_in(out) if self._kinds.get(x) is None]
+        self._mark(op, call, results, shared)
         return out
 
-    def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor]) -> None:
+    def _mark(self, op: Operation, call: Call, results: list[Tensor], shared: list[Tensor]) -> None:
         """Note what the results, or the target of an in-place op, are now."""
-        inplace = op.inplace and bool(call.args) and isinstance(call.args[0], Tensor)
-        for tensor in [call.args[0]] if inplace else tensors_in(out):
+        for tensor in results:
             kind: Kind | None = written(call) if op.name == "setitem" else follow(call, tensor)
             if kind is None:
                 kind = self._derived(op, shared) if tensor.requires_grad and shared else CONSTANT
-            base = tensor._base if inplace else None  # noqa: SLF001
+            base = tensor._base if op.inplace else None  # noqa: SLF001
             if base is not None and isinstance(kind, Axis | Lost) and self.where(base) is None:
                 self._kinds[base] = Lost(f"{op.name} in place on a view of it")
             self.declare(tensor, kind)

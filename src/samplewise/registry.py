@@ -81,6 +81,8 @@ def rule(op: Callable[..., Any], *, saves: Mapping[str, Sequence[str]] | None = 
 def expand(op: Callable[..., Any]) -> Callable[[Function], Function]:
     """Record calls of `op` through the decorated function, which computes the same from other ops.
 
+    It may return NotImplemented to leave a call as it is. In-place forms of `op` are never rewritten.
+
     Args:
         op: The function as users call it.
 
@@ -117,10 +119,15 @@ def operation(op: Callable[..., Any]) -> Operation:
     return Operation(raw.strip("_"), inplace=inplace, source=None, plain_property=False)
 
 
+@functools.cache
 def through_source(function: types.FunctionType) -> Callable[..., Any]:
     """The same Python function, whose `has_torch_function` checks answer False: its inner calls reach the active mode."""
     checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     scope = {**function.__globals__, **dict.fromkeys(checks, _never)}
+    for name in function.__code__.co_names:
+        # a private function next to it may hold the check, as for torch.meshgrid
+        if name.startswith("_") and isinstance(scope.get(name), types.FunctionType):
+            scope[name] = through_source(scope[name])
     # a wrapper such as F.max_pool2d keeps the functions it chooses from in its closure
     cells = function.__closure__ or ()
     closure = tuple(types.CellType() for _ in cells)

@@ -78,12 +78,9 @@ def _move(call: Call, out: Tensor) -> Where:
     if name in SEVERAL:
         return SEVERAL[name](call, out)
     x, axis = call.placed()[0]
-    if call.inplace and name in TURNS:
-        # the shape before is gone
-        return Lost(f"{call.name}_")
     if name in SINGLE and x is call.tensors[0] and len(call.placed()) == 1:
         return SINGLE[name](call, x, axis, out)
-    if call.name in RULES and all(axis.dim == 0 for _, axis in call.placed()):
+    if name not in {*SINGLE, *SEVERAL} and name in RULES and all(axis.dim == 0 for _, axis in call.placed()):
         # a rule of a third party, whose op has its samples on axis 0
         return axis
     return Lost(call.name)

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .collecting import Source, Use
 from .errors import UnsupportedOpError
@@ -45,9 +44,7 @@ class Tap(torch.autograd.Function):
         ctx.recording, ctx.factors = recording, factors
         return tensors[:count] if count > 1 else tensors[0]
 
-    # a second derivative would miss its dependence on the detached parameters: it raises instead
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Collect, and pass the gradients through."""
         _refuse_second()
@@ -73,7 +70,6 @@ class Enter(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Collect; nothing goes further."""
         _refuse_second()
@@ -82,7 +78,8 @@ class Enter(torch.autograd.Function):
 
 
 def _refuse_second() -> None:
-    # grad mode is on in a backward with create_graph=True only
+    # Grad mode is on in a backward with create_graph=True only. The op ran on detached parameters: what the gradient that passes
+    # here owes to them has no graph, whether or not anything else in it has one.
     if torch.is_grad_enabled():
         raise UnsupportedOpError(
             "backward: create_graph=True runs through a recorded use of a parameter, and the path of a second derivative through "

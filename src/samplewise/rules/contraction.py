@@ -24,7 +24,7 @@ def contraction(
 def _operand(grad: Tensor, result: Letters, k: int, letters: Sequence[Letters], operands: Sequence[Tensor]) -> Factor:
     """The factor of operand `k`: its letters found in the result and the other operands, n (the first of the result) aside."""
     sample, sizes = result[0], _sizes(grad, result, letters, operands)
-    own = tuple(a for a, size in zip(letters[k], operands[k].shape, strict=True) if size == sizes[a])
+    own = tuple(a for a, size in zip(letters[k], operands[k].shape, strict=True) if size == sizes[a] and a != sample)
     others = [_without_ones(x, names, sizes) for j, (x, names) in enumerate(zip(operands, letters, strict=True)) if j != k]
     g, i = _groups(own, set(result), {a for _, names in others for a in names})
     o = tuple(a for a in own if a not in {*g, *i})

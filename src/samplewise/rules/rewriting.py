@@ -14,6 +14,11 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.expand(shape) for x in tensors)
 
 
+@expand(torch.Tensor.masked_fill)
+def masked_fill(input: Tensor, mask: Tensor, value: object) -> Tensor:
+    return torch.where(mask, value, input) if isinstance(value, Tensor) else NotImplemented
+
+
 @expand(torch.prelu)
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     # slopes per channel, axis 1, or one for all
