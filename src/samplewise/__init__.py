@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .quantities import record as record
     from .registry import expand as expand
     from .registry import rule as rule
-    from .verify import verify as verify
+    from .verification import verify as verify
 
 _HOME = {
     "MixedSamplesError": "errors",
@@ -37,7 +37,7 @@ _HOME = {
     "record": "quantities",
     "expand": "registry",
     "rule": "registry",
-    "verify": "verify",
+    "verify": "verification",
 }
 __all__ = [*_HOME, "testing"]  # noqa: PLE0604  (a list of strings, built from the table above)
 __version__ = "0.1.0"

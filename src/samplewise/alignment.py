@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .axes import Axis, Call, Lost, Where
+from .axes import Axis, Call, Lost, Where, whole
 from .contractions import CONTRACTIONS
 from .errors import SampleAxisError
 from .movement import dim_of, without
@@ -25,7 +25,7 @@ def broadcast(call: Call, out: Tensor) -> Where:
         moved = axis.at(axis.dim + out.ndim - x.ndim)
         if first is None:
             first = (x, moved)
-        elif moved != first[1] and call.n != 1:
+        elif moved != first[1]:
             raise SampleAxisError(_conflict(call, first[0], x))
     assert first is not None
     return first[1]
@@ -222,6 +222,8 @@ def _consumed(item: object) -> int:
 def written(call: Call) -> Where | None:
     """Where the sample axis of the target is after `target[index] = value`."""
     target, index, value = call.args
+    if call.n <= 1 and any(call.where(x) for x in (target, value) if isinstance(x, Tensor)):
+        return whole(target)
     held, brought = call.where(target), call.where(value) if isinstance(value, Tensor) else None
     if isinstance(held, Lost) or brought is None:
         return held
@@ -230,7 +232,7 @@ def written(call: Call) -> Where | None:
     part = target.detach()[index]
     moved = brought.at(brought.dim + part.ndim - value.ndim)
     if held is not None:
-        return held if through_index(call, target, index, part) == moved or call.n == 1 else Lost("setitem")
+        return held if through_index(call, target, index, part) == moved else Lost("setitem")
     fits = [axis for axis in map(Axis, range(target.ndim)) if _seen_under(call, axis, part) == moved]
     return fits[0] if len(fits) == 1 else Lost("setitem")
 

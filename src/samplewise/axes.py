@@ -107,6 +107,11 @@ class Call:
         return [(x, axis) for x, axis in pairs if isinstance(axis, Axis)]
 
 
+def whole(x: Tensor) -> Axis:
+    """With one sample or none, all of a tensor is that sample's: there is nothing to follow."""
+    return Axis(0, 1, x.shape[0]) if x.ndim else Axis(0)
+
+
 def tensors_in(value: object) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):

@@ -9,7 +9,7 @@ from torch import Size, Tensor
 from torch.utils._pytree import tree_map
 
 from .alignment import through_index, written
-from .axes import Axis, Call, Lost, tensors_in
+from .axes import Axis, Call, Lost, tensors_in, whole
 from .collecting import Shared, Source, Use
 from .contractions import CONTRACTIONS, Contraction, contract, rows_first
 from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
@@ -26,6 +26,8 @@ Function = Callable[..., Any]
 
 def mix(recording: "Recording", func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """Run a call in which shared tensors meet batched ones, so that their per-sample gradients are collected."""
+    if call.n <= 1:
+        return _enter_whole(recording, func, op, call, shared)
     _refuse_lost(recording, call, shared)
     if op.inplace and any(call.args[0] is x for x in shared):
         _spread_target(recording, call)
@@ -82,6 +84,46 @@ def _source(recording: "Recording", tensor: Tensor) -> Source:
 # --- entering: the shared tensor becomes a batched one, and the op runs as it is ----------------------------------------------
 
 
+def _enter_whole(recording: "Recording", func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
+    """One sample or none: the gradient of the batch is the sample's, whatever the op."""
+    new = {id(x): _sole(recording, call, x) for x in shared}
+    if op.inplace and id(call.args[0]) in new:
+        _overwrite(recording, call, new.pop(id(call.args[0])))
+    args, kwargs = _replaced(call, new)
+    return func(*args, **kwargs)
+
+
+def _sole(recording: "Recording", call: Call, tensor: Tensor) -> Tensor:
+    source, n = _source(recording, tensor), call.n
+    uses = recording.collector.expect(source, call.name, "rows")
+
+    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+        grad = grads[0]
+        assert grad is not None
+        # an embedding may have asked for a sparse one
+        dense = grad.to_dense() if grad.is_sparse else grad
+        return [(source, uses, Dense(dense[None][:n]))]
+
+    entered = Enter.run(recording, factors, recording.anchor, tensor.detach())
+    recording.declare(entered, whole(entered))
+    return entered
+
+
+def _overwrite(recording: "Recording", call: Call, entered: Tensor) -> None:
+    """Let the shared target of an in-place op hold its values as a batched tensor."""
+    target = call.args[0]
+    if target.is_leaf or target._is_view():  # noqa: SLF001
+        raise UnsupportedOpError(
+            f"{call.name}: writes batched values in place into {_names(recording, [target])}, which all samples share. "
+            "Expand and clone it over the samples and write there, or write out of place."
+        )
+    target.detach_()
+    target.copy_(entered)
+    where = recording.where(entered)
+    assert where is not None
+    recording.declare(target, where)
+
+
 def _enter_aligned(recording: "Recording", func: Function, call: Call, shared: list[Tensor]) -> Any:
     """An op whose operands align from the right: its own broadcasting gives every sample its gradient."""
     x, axis = call.placed()[0]
@@ -109,17 +151,14 @@ def _spread_target(recording: "Recording", call: Call) -> None:
     """Make the shared target of an in-place op batched, as far as it has a place for every sample: its rows enter one by one."""
     target = call.args[0]
     axis = written(call) if call.name == "setitem" else _aligned_axis(call, target)
-    if target.is_leaf or target._is_view() or not isinstance(axis, Axis) or target.shape[axis.dim] != axis.size(call.n):  # noqa: SLF001
+    if not isinstance(axis, Axis) or target.shape[axis.dim] != axis.size(call.n):
         raise UnsupportedOpError(
-            f"{call.name}: writes batched values in place into {_names(recording, [target])}, which all samples share. "
-            "Expand and clone it over the samples and write there, or write out of place."
+            f"{call.name}: writes batched values in place into {_names(recording, [target])}, of shape {tuple(target.shape)}, which "
+            "all samples share. Expand and clone it over the samples and write there, or write out of place."
         )
     before = target.clone()
     recording.declare(before, recording.kind(target))
-    entered = enter(recording, call, before, axis, target.ndim, target.shape[axis.dim])
-    target.detach_()
-    target.copy_(entered)
-    recording.declare(target, axis)
+    _overwrite(recording, call, enter(recording, call, before, axis, target.ndim, target.shape[axis.dim]))
 
 
 def _aligned_axis(call: Call, target: Tensor) -> Axis | None:
@@ -136,7 +175,7 @@ def enter(recording: "Recording", call: Call, tensor: Tensor, axis: Axis, ndim: 
     placed = axis.at(dim)
     origin, kind = tensor, recording.kind(tensor)
     assert isinstance(kind, Shared)
-    own = value.shape[dim] == rows != 1
+    own = value.shape[dim] == rows
     if call.name in JOINS and value.shape[dim] != rows:
         raise SampleAxisError(
             f"{call.name}: joins samples with {_names(recording, [tensor])} along the sample axis (axis {dim}, {rows} rows and "
@@ -330,7 +369,7 @@ def _contract(recording: "Recording", func: Function, call: Call, shared: list[T
         frame = axis.at(product.result.index(letter))
         new[id(product.addend)] = enter(recording, call, product.addend, frame, len(product.result), rows)
     for x, names in zip(product.operands, product.letters, strict=True):
-        if any(x is s for s in shared) and letter in names and x.shape[names.index(letter)] == rows != 1:
+        if any(x is s for s in shared) and letter in names and x.shape[names.index(letter)] == rows:
             own = axis.at(names.index(letter))
             new[id(x)] = enter(recording, call, x, own, x.ndim, rows)
     rest = [x for x in shared if id(x) not in new]
@@ -398,8 +437,6 @@ def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call
         plain = func(*call.args, **call.kwargs)
     if not isinstance(plain, Tensor):
         raise UnsupportedOpError(f"{call.name}: has no rule, and the fallback knows ops with one tensor as result only.")
-    if not call.n:
-        return _empty(recording, plain)
     try:
         each = torch.func.vmap(one, randomness="different")(*copies, *stacks)
     except (RuntimeError, ValueError, NotImplementedError):
@@ -421,14 +458,6 @@ def _copies(recording: "Recording", call: Call, tensor: Tensor) -> Tensor:
     return Enter.run(recording, factors, recording.anchor, copies)
 
 
-def _empty(recording: "Recording", plain: Tensor) -> Tensor:
-    """The result of a fallback on no samples: nothing to run, and no gradient but an empty one."""
-    (out,) = Tap.run(recording, lambda *_: [], recording.anchor, [plain.clone()], [])
-    dims = [dim for dim, size in enumerate(plain.shape) if not size]
-    recording.declare(out, Axis(dims[0]) if dims else Lost("an op on no samples", linear=True))
-    return out
-
-
 def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:
     """`(n, *shape)`: what each sample has of `x`, its axis kept with `outer * inner` entries."""
     if axis.ragged is not None:
@@ -440,9 +469,8 @@ def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:
 def _joined(recording: "Recording", call: Call, plain: Tensor, each: Tensor, shared: list[Tensor]) -> Tensor:
     """The samples' results put together as the op itself would; refused where they are not the op's."""
     differ = [d for d in range(plain.ndim) if plain.shape[d] != each.shape[d + 1]] if plain.ndim == each.ndim - 1 else []
-    where = follow(call, plain)
-    dim = differ[0] if len(differ) == 1 else where.dim if call.n == 1 and isinstance(where, Axis) else None
-    if dim is not None:
+    if len(differ) == 1:
+        (dim,) = differ
         out = each.movedim(0, dim).flatten(dim, dim + 1)
         if out.shape == plain.shape and torch.allclose(out.detach(), plain, rtol=1e-3, atol=1e-4, equal_nan=True):
             recording.declare(out, Axis(dim, 1, each.shape[dim + 1]))

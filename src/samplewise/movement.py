@@ -35,10 +35,6 @@ def _ragged_reshape(call: Call, axis: Axis, old: Size, new: Size) -> Where:
 def through_reshape(axis: Axis, n: int, old: Size, new: Size) -> Axis | None:
     """Where the sample axis is after an order-preserving reshape; None where it is lost."""
     step = axis.inner * math.prod(old[axis.dim + 1 :])
-    if n == 0:
-        return _empty_reshape(axis, step, new)
-    if n == 1:
-        return _single_reshape(step, new)
     below = 1
     for dim in reversed(range(len(new))):
         reach = new[dim] * below
@@ -47,21 +43,6 @@ def through_reshape(axis: Axis, n: int, old: Size, new: Size) -> Axis | None:
             return Axis(dim, reach // (step * n), step // below) if whole else None
         below = reach
     return None
-
-
-def _single_reshape(step: int, new: Size) -> Axis | None:
-    """With one sample every axis is right; this takes the one that a batch of two would have, where the sizes tell."""
-    below = [math.prod(new[dim + 1 :]) for dim in range(len(new))]
-    exact = [dim for dim in range(len(new)) if below[dim] == step and new[dim] == 1]
-    beyond = [dim for dim in range(len(new)) if below[dim] * new[dim] > step]
-    dim = exact[0] if exact else beyond[-1] if beyond else 0
-    return Axis(dim, 1, new[dim]) if len(new) else None
-
-
-def _empty_reshape(axis: Axis, step: int, new: Size) -> Axis | None:
-    zeros = [dim for dim, size in enumerate(new) if size == 0]
-    below = math.prod(new[zeros[0] + 1 :]) if len(zeros) == 1 else 0
-    return Axis(zeros[0], axis.outer, step // below) if below and step % below == 0 else None
 
 
 def dim_of(x: Tensor, dim: int, extra: int = 0) -> int:
@@ -114,7 +95,7 @@ def squeezed(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     dims = call.get(1, "dim")
     gone = {d for d in (range(x.ndim) if dims is None else _dims(x, dims)) if x.shape[d] == 1}
     if axis.dim in gone:
-        return Lost(call.name) if call.n != 1 or not out.ndim else Axis(0, 1, out.shape[0])
+        return Lost(call.name)
     return without(axis, gone)
 
 

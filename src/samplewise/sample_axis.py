@@ -23,7 +23,7 @@ from .alignment import (
     similarity,
     stacked,
 )
-from .axes import Axis, Call, Lost, Where
+from .axes import Axis, Call, Lost, Where, whole
 from .contractions import CONTRACTIONS
 from .errors import MixedSamplesError
 from .movement import (
@@ -63,12 +63,12 @@ def follow(call: Call, out: Tensor) -> Where | None:
         return None
     if call.name in MIXING:
         MIXING[call.name](call)
+    if call.n <= 1:
+        return whole(out)
     moved = _move(call, out)
-    if isinstance(moved, Axis):
-        moved = _fit(call, moved, out)
-    if isinstance(moved, Lost) and call.n == 1 and out.ndim:
-        return Axis(0, 1, out.shape[0])
-    return moved
+    # a constant that broadcasts over the rows, and the like
+    fits = isinstance(moved, Lost) or out.shape[moved.dim] == moved.size(call.n)
+    return moved if fits else Lost(call.name)
 
 
 def _move(call: Call, out: Tensor) -> Where:
@@ -84,14 +84,6 @@ def _move(call: Call, out: Tensor) -> Where:
         # a rule of a third party, whose op has its samples on axis 0
         return axis
     return Lost(call.name)
-
-
-def _fit(call: Call, axis: Axis, out: Tensor) -> Where:
-    """The axis with its inner size mended where the one sample of a batch was broadcast."""
-    size = out.shape[axis.dim]
-    if size == axis.size(call.n):
-        return axis
-    return Axis(axis.dim, 1, size) if call.n == 1 else Lost(call.name)
 
 
 def _still_lost(call: Call, lost: list[Lost]) -> Lost:
