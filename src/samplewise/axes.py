@@ -1,7 +1,7 @@
 """What it means that an axis carries the samples, and a call of an op with its tensors' axes."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Axis:
 
     def at(self, dim: int) -> "Axis":
         """The same samples on another axis."""
-        return replace(self, dim=dim)
+        return self if dim == self.dim else Axis(dim, self.outer, self.inner, self.ragged)
 
     def owners(self, n: int) -> Tensor:
         """The sample of each row, `(shape[dim],)`."""
@@ -88,6 +88,7 @@ class Call:
     n: int
     where: Callable[[Tensor], Where | None]
     tensors: list[Tensor] = field(init=False)
+    _placed: list[tuple[Tensor, Axis]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.name in {"max", "min"} and isinstance(self.get(1, "other"), Tensor):
@@ -103,8 +104,10 @@ class Call:
 
     def placed(self) -> list[tuple[Tensor, Axis]]:
         """The tensors that carry the sample axis, with the axis."""
-        pairs = ((x, self.where(x)) for x in self.tensors)
-        return [(x, axis) for x, axis in pairs if isinstance(axis, Axis)]
+        if self._placed is None:
+            pairs = ((x, self.where(x)) for x in self.tensors)
+            self._placed = [(x, axis) for x, axis in pairs if isinstance(axis, Axis)]
+        return self._placed
 
 
 def whole(x: Tensor) -> Axis:
@@ -124,6 +127,20 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, slice):
         yield from tensors_in((value.start, value.stop, value.step))
+
+
+def swapped(value: Any, new: Mapping[int, Any]) -> Any:
+    """Nested tuples, lists and dictionaries with some tensors, given by id, replaced."""
+    if isinstance(value, Tensor):
+        return new.get(id(value), value)
+    if isinstance(value, tuple | list):
+        items = [swapped(item, new) for item in value]
+        return type(value)(items)
+    if isinstance(value, dict):
+        return {key: swapped(item, new) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(swapped(item, new) for item in (value.start, value.stop, value.step)))
+    return value
 
 
 # The second tensor only lends its shape or type.

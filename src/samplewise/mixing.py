@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Size, Tensor
-from torch.utils._pytree import tree_map
 
 from .alignment import through_index, written
-from .axes import Axis, Call, Lost, tensors_in, whole
+from .axes import Axis, Call, Lost, swapped, tensors_in, whole
 from .collecting import Shared, Source, Use
 from .contractions import CONTRACTIONS, Contraction, contract, rows_first
 from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
@@ -71,7 +70,7 @@ def _names(recording: "Recording", shared: list[Tensor]) -> str:
 
 def _replaced(call: Call, new: Mapping[int, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments with some tensors, given by id, replaced."""
-    args, kwargs = tree_map(lambda x: new.get(id(x), x) if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+    args, kwargs = swapped((call.args, call.kwargs), new)
     return args, kwargs
 
 
@@ -280,17 +279,12 @@ def _tap(
     shared: list[Tensor],
     out: Any,
 ) -> Any:
-    out = tree_map(lambda x: _no_view(x) if isinstance(x, Tensor) else x, out)
+    out = swapped(out, {id(x): _no_view(x) for x in tensors_in(out)})
     outs = [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
     places = [_placed(recording, call, x, shared) for x in outs]
     wanted = [(name, k, x) for name, k, x in _slots(arguments) if any(x is s for s in shared)]
-    needed, saved = rule.saved_for({name for name, _, _ in wanted}), list[Tensor]()
-    slots: dict[int, Slot] = {}
-    for name, _, x in _slots(arguments):
-        keep = name in needed
-        slots[id(x)] = Slot(len(saved) if keep else x.detach().to("meta"), axes.get(id(x)))
-        saved += [x.detach() if any(x is s for s in shared) else x] * keep
-    held = tree_map(lambda x: slots.get(id(x), x) if isinstance(x, Tensor) else x, arguments)
+    needed = rule.saved_for({name for name, _, _ in wanted})
+    held, saved = _held(arguments, needed, axes)
     sources = [(name, k, _source(recording, x)) for name, k, x in wanted]
     uses = [recording.collector.expect(source, call.name, "rule") for *_, source in sources]
     keeps_out = "out" in needed
@@ -301,23 +295,42 @@ def _tap(
         rows = [None if g is None else axis.rows(g, n) for g, axis in zip(grads, places, strict=True)]
         results = [axis.rows(x, n) for x, axis in zip(saved[-count:], places, strict=True)] if keeps_out else [None] * count
         dtype = next(g.dtype for g in grads if g is not None)
-        filled = tree_map(lambda x: x.filled(saved, n, dtype) if isinstance(x, Slot) else x, held)
+        filled = {name: _filled(value, saved, n, dtype) for name, value in held.items()}
         single = count == 1
         try:
             found = rule.function(rows[0] if single else rows, results[0] if single else results, **filled)
         except NotImplementedError as error:
-            raise UnsupportedOpError(
-                f"{error} (parameter {', '.join(use.parameter for uses_ in uses for use in uses_)})"
-            ) from error
+            names = ", ".join(use.parameter for group in uses for use in group)
+            raise UnsupportedOpError(f"{error} (parameter {names})") from error
         return [
             (source, use, _checked(op, found, name, k, source).regroup(n))
             for (name, k, source), use in zip(sources, uses, strict=True)
         ]
 
-    extra = outs if keeps_out else []
-    tapped = Tap.run(recording, factors, recording.anchor, outs, [*saved, *extra])
-    new = dict(zip(map(id, outs), tapped, strict=True))
-    return tree_map(lambda x: new.get(id(x), x) if isinstance(x, Tensor) else x, out)
+    tapped = Tap.run(recording, factors, recording.anchor, outs, [*saved, *(outs if keeps_out else [])])
+    for x, axis in zip(tapped, places, strict=True):
+        recording.declare(x, axis)
+    return swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
+
+
+def _held(arguments: Mapping[str, Any], needed: set[str], axes: Mapping[int, Axis]) -> tuple[dict[str, Any], list[Tensor]]:
+    """A rule's arguments with slots for the tensors, and those that have to be saved; parameters are saved detached."""
+    saved: list[Tensor] = []
+    slots: dict[int, Slot] = {}
+    for name, _, x in _slots(arguments):
+        axis = axes.get(id(x))
+        if name in needed:
+            slots[id(x)] = Slot(len(saved), axis)
+            saved.append(x if axis is not None else x.detach())
+        elif id(x) not in slots:
+            slots[id(x)] = Slot(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), axis)
+    return {name: swapped(value, slots) for name, value in arguments.items()}, saved
+
+
+def _filled(value: Any, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_filled(item, saved, n, dtype) for item in value)
+    return value.filled(saved, n, dtype) if isinstance(value, Slot) else value
 
 
 def _no_view(out: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .alignment import written
 from .axes import Axis, Call, Lost, Where, tensors_in
@@ -23,6 +22,7 @@ from .collecting import Collector, Shared
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 from .factors import Factor
 from .mixing import mix
+from .notes import Notes
 from .registry import EXPANSIONS, Operation, operation
 from .sample_axis import EXPANDS, MOVES, TURNS, follow
 from .taps import Factors, Grads
@@ -55,9 +55,9 @@ class Recording(TorchFunctionMode):
         self.collector = Collector(self.parameters, consume)
         self.anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
-        self._kinds = WeakIdKeyDictionary()
+        self._kinds: Notes[Kind] = Notes()
         # of views that are constant or shared, when that was last known
-        self._versions = WeakIdKeyDictionary()
+        self._versions: Notes[int] = Notes()
         self._handles: list[Any] = []
         self._open = False
         # inside `backward(losses)`, where no reduction has to be undone
@@ -109,10 +109,10 @@ class Recording(TorchFunctionMode):
 
     def kind(self, tensor: Tensor) -> Kind:
         """What a tensor is: placed, lost, shared or constant."""
-        kind: Kind | None = self._kinds.get(tensor)
+        kind = self._kinds.get(tensor)
         if kind is None:
             kind = self._first_seen(tensor)
-        elif not isinstance(kind, Axis | Lost) and self._versions.get(tensor, tensor._version) != tensor._version:  # noqa: SLF001
+        elif not isinstance(kind, Axis | Lost) and self._versions.get(tensor) not in {None, tensor._version}:  # noqa: SLF001
             kind = Lost("an in-place op on a tensor that shares its memory")
         return CONSTANT if isinstance(kind, Shared) and not tensor.requires_grad else kind
 
@@ -194,14 +194,13 @@ class Recording(TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
-        target = args[0] if op.inplace and args and isinstance(args[0], Tensor) else None
+        target, told = (args[0] if op.inplace and args and isinstance(args[0], Tensor) else None), args
         if target is not None and op.name in TURNS:
             # what the op does is told from the shape before
             before = target.detach()
             self.declare(before, self.kind(target))
-            call = Call(op.name, (before, *args[1:]), kwargs, self.n or 0, self.where)
-        else:
-            call = Call(op.name, args, kwargs, self.n or 0, self.where)
+            told = (before, *args[1:])
+        call = Call(op.name, told, kwargs, self.n or 0, self.where)
         shared = [x for x in call.tensors if isinstance(self.kind(x), Shared)]
         meeting = bool(shared) and any(self.where(x) is not None for x in call.tensors)
         if meeting and torch.is_grad_enabled():
