@@ -62,8 +62,6 @@ class Collector:
     # called with (name, factor) as soon as a parameter's last use has arrived; the factor is dropped then
     consume: Callable[[str, Factor], None] | None = None
     uses: list[Use] = field(default_factory=list)
-    # while pulling back, ordinary gradients reach the parameters on purpose
-    pulling: bool = False
 
     def __post_init__(self) -> None:
         self._arrived: dict[object, tuple[Source, list[Factor]]] = {}
@@ -124,11 +122,7 @@ class Collector:
     def _pull(self, source: Source, rows: Tensor, parameter: nn.Parameter) -> Tensor:
         """Batched vector-Jacobian product of the derivation, `(m, *source.shape) -> (m, *parameter.shape)`."""
         assert source.edge is not None
-        edge, self.pulling = source.edge, True
-        try:
-            return _vector_jacobian(edge, rows, parameter)
-        finally:
-            self.pulling = False
+        return _vector_jacobian(source.edge, rows, parameter)
 
 
 def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter) -> Tensor:

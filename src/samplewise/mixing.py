@@ -453,8 +453,20 @@ def _fall_back(recording: "Recording", func: Function, op: Operation, call: Call
     try:
         each = torch.func.vmap(one, randomness="different")(*copies, *stacks)
     except (RuntimeError, ValueError, NotImplementedError):
-        each = torch.stack([one(*pieces) for pieces in zip(*copies, *stacks, strict=True)])
+        each = _looped(recording, call, one, [*copies, *stacks], shared)
     return _joined(recording, call, plain, each, shared)
+
+
+def _looped(
+    recording: "Recording", call: Call, one: Callable[..., Tensor], stacks: list[Tensor], shared: list[Tensor]
+) -> Tensor:
+    try:
+        return torch.stack([one(*pieces) for pieces in zip(*stacks, strict=True)])
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise MixedSamplesError(
+            f"{call.name}: cannot be run sample by sample ({error}), so the gradient of {_names(recording, shared)} cannot be split "
+            "over samples. Move the sample axis to a place that the op keeps, or register a rule with `samplewise.rule`."
+        ) from error
 
 
 def _copies(recording: "Recording", call: Call, tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Record:
         """Attach to the model."""
         self._recording.open()
         try:
-            self._recording.__enter__()
+            self._recording.__enter__()  # type: ignore[no-untyped-call]
         except BaseException:
             self._recording.close()
             raise

@@ -7,7 +7,7 @@ gradients are in `rules`.
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class Recording(TorchFunctionMode):
         # of views that are constant or shared, when that was last known
         self._versions: Notes[int] = Notes()
         self._handles: list[Any] = []
+        self._sources: list[Callable[..., Any]] = []
         self._open = False
         # inside `backward(losses)`, where no reduction has to be undone
         self._from_losses = False
@@ -67,12 +68,16 @@ class Recording(TorchFunctionMode):
 
     def open(self) -> None:
         """Attach to the model: a pre-hook that finds the samples, and a guard on every parameter."""
+        if any(isinstance(mode, Recording) for mode in _modes()):
+            raise SamplewiseError(
+                "record: another recording is active here, and recordings do not nest. Close the outer one first."
+            )
         _refuse_compiled(self.model)
         for tensor in _held_tensors(self.model):
             self._kinds[tensor] = CONSTANT
         for name, parameter in self.parameters.items():
             self._kinds[parameter] = Shared(frozenset({name}))
-            self._handles.append(parameter.register_hook(self._guard(name)))
+            self._handles.append(parameter.register_hook(self._guard(name, parameter)))
         self._handles.append(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True, prepend=True))
         self._open = True
 
@@ -82,16 +87,6 @@ class Recording(TorchFunctionMode):
             handle.remove()
         self._handles.clear()
         self._open = False
-
-    def __enter__(self) -> Self:
-        """Become the active mode."""
-        stack = torch.overrides._get_current_function_mode_stack()  # noqa: SLF001
-        if any(isinstance(mode, Recording) and mode is not self for mode in stack):
-            raise SamplewiseError(
-                "record: another recording is active here, and recordings do not nest. Close the outer one first."
-            )
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
 
     # --- kinds --------------------------------------------------------------------------------------------------------------
 
@@ -155,12 +150,14 @@ class Recording(TorchFunctionMode):
             if x is not None:
                 self._kinds[x] = CONSTANT
 
-    def _guard(self, name: str) -> Callable[[Tensor], None]:
-        recording = weakref.ref(self)
+    def _guard(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        """A hook that refuses a gradient which would be accumulated in the parameter, not one that is only asked for."""
+        accumulates, recording = get_gradient_edge(parameter).node, weakref.ref(self)
 
         def refuse(_: Tensor) -> None:
             alive = recording()
-            if alive is not None and not alive.collector.pulling and alive.belongs():
+            # outside the `with` block the model may be used as ever, until this recording's own backward
+            if alive is not None and _accumulates(accumulates) and (alive in _modes() or alive.belongs()):
                 raise UnsupportedOpError(
                     f"{name}: an ordinary gradient reached this parameter, from a use that the recording did not see: a "
                     "torch.autograd.Function, a scripted or compiled module, or a tensor computed before the recording began. "
@@ -182,15 +179,26 @@ class Recording(TorchFunctionMode):
         kwargs, op = kwargs or {}, operation(func)
         if op.plain_property:
             return func(*args, **kwargs)
-        inner = None if op.inplace else EXPANSIONS.get(op.name, op.source)
+        # a function that comes back to itself checks for overrides in a way of its own: it runs as one op
+        plain = op.inplace or func in self._sources
+        inner = None if plain else EXPANSIONS.get(op.name, op.source)
         if inner is not None:
             if func is torch.autograd.backward and not _in_backward():
                 self._check_losses(args[0] if args else kwargs["tensors"])
-            with self:
+            with self, self._inside(func, inner):
                 out = inner(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         return self._run(func, op, args, kwargs)
+
+    @contextmanager
+    def _inside(self, *functions: Callable[..., Any]) -> Iterator[None]:
+        """While a function is recorded through its source."""
+        self._sources += functions
+        try:
+            yield
+        finally:
+            del self._sources[-len(functions) :]
 
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
@@ -210,7 +218,8 @@ class Recording(TorchFunctionMode):
             if meeting:
                 self.collector.expect_hidden(self._names(shared))
         # what is known already: an operand given back as it is, or a result of the fallback
-        results = [target] if target is not None else [x for x in tensors_in(out) if self._kinds.get(x) is None]
+        fresh = [x for x in tensors_in(out) if self._kinds.get(x) is None or kwargs.get("out") is not None]
+        results = fresh if target is None else [target]
         self._mark(op, call, results, shared)
         return out
 
@@ -241,7 +250,7 @@ class Recording(TorchFunctionMode):
 
     def belongs(self) -> bool:
         """Whether the backward now running is one that would fill the parameters' gradients."""
-        return torch._C._will_engine_execute_node(self._anchor_node)  # noqa: SLF001
+        return _accumulates(self._anchor_node)
 
     def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Run the backward pass from a vector of losses, one per sample."""
@@ -289,6 +298,19 @@ class Recording(TorchFunctionMode):
                     "backward: the loss does not depend on the samples that the model was given. Check that it is computed from "
                     "the model's output inside the recording, and that `batch_size` and `batch_dim` are right."
                 )
+
+
+def _modes() -> list[Any]:
+    return torch.overrides._get_current_function_mode_stack()  # type: ignore[no-any-return]  # noqa: SLF001
+
+
+def _accumulates(node: Any) -> bool:
+    """Whether the backward now running adds to the `.grad` of this leaf; `torch.autograd.grad` does not."""
+    try:
+        return torch._C._will_engine_execute_node(node)  # noqa: SLF001
+    except RuntimeError:
+        # the leaf itself is what `torch.autograd.grad` was asked for
+        return False
 
 
 @contextmanager

@@ -132,6 +132,9 @@ def through_source(function: types.FunctionType) -> Callable[..., Any]:
     cells = function.__closure__ or ()
     closure = tuple(types.CellType() for _ in cells)
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    if scope.get(function.__name__) is function:
+        # recursion stays inside
+        scope[function.__name__] = copy
     for new, cell in zip(closure, cells, strict=True):
         # `Tensor.__rsub__` and its like have themselves in their closure
         new.cell_contents = copy if cell.cell_contents is function else _inner_source(cell.cell_contents)

@@ -67,6 +67,9 @@ def follow(call: Call, out: Tensor) -> Where | None:
         return whole(out)
     moved = _move(call, out)
     # a constant that broadcasts over the rows, and the like
+    if isinstance(moved, Lost) and moved.linear and call.name != "sum":
+        # a mean over picked or packed rows is none over samples
+        return Lost(moved.op, moved.linear, moved.uniform and all(axis.ragged is None for _, axis in call.placed()))
     fits = isinstance(moved, Lost) or out.shape[moved.dim] == moved.size(call.n)
     return moved if fits else Lost(call.name)
 

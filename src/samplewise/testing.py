@@ -61,10 +61,11 @@ def check_rule(op: Callable[..., Any], samples: Iterable[Sample], *, fallback: s
 
 
 def _takes_empty(op: Callable[..., Any], sample: Sample) -> bool:
-    """Whether plain torch runs the op on an empty batch; some ops do not."""
+    """Whether plain torch runs the op on an empty batch, forward and backward; some ops do not."""
+    call, inputs = _Call(op, sample), [_input(x) for x in _batched(sample)]
+    leaves = [*call.parameters(), *(x for x in inputs if x.requires_grad)]
     try:
-        with torch.no_grad():
-            op(*sample.args, **sample.kwargs)
+        torch.autograd.grad(call(*inputs), leaves, allow_unused=True)
     except (RuntimeError, IndexError, ValueError):
         return False
     return True

@@ -183,7 +183,8 @@ def _compare_batches(
         ),
     ]
     found += [_difference(name, "all parameters", run(), norms, tolerance) for name, run in orders]
-    limit = norms.median().item() or 1.0
+    median = norms.median().item()
+    limit = median if median > 0 else 1.0
     clipped, _ = clipped_grads(model, loss_fn, batch, max_grad_norm=limit)
     wanted = rec.weighted_sum(clipping_weights(norms, limit))
     return found + [_difference("clipped sum", f"'{name}'", clipped[name], wanted[name], tolerance) for name in wanted]
