@@ -1,0 +1,221 @@
+"""Every quantity of every factor class against its dense default, on both sides of every cost switch."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Size, Tensor
+
+from samplewise.factors import Convolution, Dense, Diagonal, Factor, Outer, Pulled, Rows, Sum, add
+
+GENERATOR = torch.Generator().manual_seed(0)
+Make = Callable[[int], Factor]
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR, dtype=torch.float64).to(dtype)
+
+
+def outer(g: int, t: int, o: int, i: int, *shape: int) -> Make:
+    return lambda n: Outer(x(n, g, t, o), x(n, g, t, i), Size(shape or (g * o, i)))
+
+
+def rows(t: int, v: int = 6, d: int = 5) -> Make:
+    return lambda n: Rows(torch.randint(0, v, (n, t), generator=GENERATOR), x(n, t, d), Size((v, d)))
+
+
+def dense(*shape: int) -> Make:
+    return lambda n: Dense(x(n, *shape))
+
+
+def convolution(
+    dims: int, groups: int, c: int, o: int, k: int, size: int, stride: int = 1, pad: int = 0, dilation: int = 1
+) -> Make:
+    def make(n: int) -> Factor:
+        out = (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+        shape = Size((o, c // groups, *[k] * dims))
+        settings = ((stride,) * dims, (pad,) * dims, (dilation,) * dims, groups)
+        return Convolution(x(n, o, *[out] * dims), x(n, c, *[size] * dims), shape, *settings)
+
+    return make
+
+
+def diagonal(dim: int, *shape: int) -> Make:
+    def make(n: int) -> Factor:
+        full = [*shape]
+        full[dim] = 2 * n
+        return Diagonal(x(*full), torch.arange(n).repeat(2), dim, n)
+
+    return make
+
+
+def pulled(make: Make, pull: Callable[[Tensor], Tensor], *shape: int, isometric: bool = True) -> Make:
+    return lambda n: Pulled(make(n), pull, isometric, Size(shape))
+
+
+def total(*makes: Make) -> Make:
+    return lambda n: Sum(tuple(make(n) for make in makes))
+
+
+def joined(*makes: Make) -> Make:
+    return lambda n: add([make(n) for make in makes])
+
+
+# gram side: t (o + i) <= o i; dense side otherwise; t = 1 apart
+FACTORS: dict[str, Make] = {
+    "dense": dense(6, 5),
+    "dense scalar": dense(),
+    "outer, one position": outer(1, 1, 6, 5),
+    "outer, one position, groups": outer(2, 1, 3, 5),
+    "outer, gram": outer(1, 2, 6, 5),
+    "outer, gram at the switch": outer(1, 2, 4, 4),
+    "outer, dense": outer(1, 9, 6, 5),
+    "outer, dense just past the switch": outer(1, 3, 4, 4),
+    "outer, gram, groups": outer(3, 1, 4, 5),
+    "outer, groups": outer(2, 2, 6, 5),
+    "outer, dense, groups": outer(2, 8, 3, 5),
+    "outer, no positions": outer(1, 0, 6, 5),
+    "outer, shaped": outer(1, 4, 6, 6, 2, 3, 6),
+    "rows": rows(4),
+    "rows, one": rows(1),
+    "rows, many repeats": rows(30),
+    "rows, none": rows(0),
+    "conv1d, gram": convolution(1, 1, 8, 8, 3, 4),
+    "conv1d, dense": convolution(1, 1, 2, 3, 2, 12),
+    "conv2d, groups, gram": convolution(2, 2, 8, 12, 3, 4, pad=0),
+    "conv2d, groups, dense": convolution(2, 2, 4, 2, 2, 9, stride=2, pad=1),
+    "conv2d, dilation": convolution(2, 1, 2, 3, 2, 8, stride=2, pad=2, dilation=3),
+    "conv2d, unused edge": convolution(2, 1, 2, 3, 2, 8, stride=3),
+    "depthwise": convolution(2, 4, 4, 8, 3, 6, pad=1),
+    "conv3d": convolution(3, 1, 2, 3, 2, 4, pad=1),
+    "diagonal": diagonal(0, 0, 5),
+    "diagonal, middle": diagonal(1, 3, 0, 2),
+    "diagonal, vector": diagonal(0, 0),
+    "pulled, transposed": pulled(outer(1, 3, 6, 5), lambda grad: grad.mT, 5, 6),
+    "pulled, scaled": pulled(outer(1, 3, 6, 5), lambda grad: 2 * grad.flatten(1), 30, isometric=False),
+    "pulled rows": pulled(rows(4), lambda grad: grad.reshape(-1, 30), 30),
+    "sum, tied": total(rows(4), outer(1, 3, 6, 5)),
+    "sum, tied, gram": total(rows(3), outer(1, 1, 6, 5)),
+    "sum, tied, repeats": total(outer(1, 9, 6, 5), rows(12)),
+    "sum, two outers": total(outer(1, 2, 6, 5), outer(1, 3, 6, 5)),
+    "sum, other blocks": total(outer(1, 2, 6, 5), outer(2, 2, 3, 5)),
+    "sum, with dense": total(dense(6, 5), rows(2), outer(1, 1, 6, 5)),
+    "sum, with pulled": total(pulled(outer(1, 3, 5, 6), lambda grad: grad.mT, 6, 5), rows(2)),
+    "added outers": joined(outer(1, 2, 6, 5), outer(1, 3, 6, 5)),
+    "added rows": joined(rows(2), rows(3)),
+    "added mixed": joined(rows(2), dense(6, 5), outer(1, 3, 6, 5), dense(6, 5), outer(2, 2, 3, 5), rows(1)),
+}
+OTHERS = {
+    "itself": None,
+    "dense": dense,
+    "outer, few": lambda *shape: outer(1, 1, 6, 5),
+    "outer, many": lambda *shape: outer(1, 20, 6, 5),
+    "outer, groups": lambda *shape: outer(2, 2, 3, 5),
+    "rows": lambda *shape: rows(3),
+    "sum": lambda *shape: total(rows(2), outer(1, 2, 6, 5)),
+}
+
+
+# itself and a dense one for every factor, the others where the shape is theirs
+PAIRS = [(a, b) for a, make in FACTORS.items() for b in OTHERS if b in {"itself", "dense"} or make(1).shape == (6, 5)]
+
+
+def flat(factor: Factor) -> Tensor:
+    found = factor.to_dense()
+    return found.reshape(factor.n, math.prod(factor.shape))
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+@pytest.mark.parametrize("name", FACTORS)
+def test_quantities_are_those_of_the_dense_gradient(name: str, n: int) -> None:
+    factor = FACTORS[name](n)
+    grads, weights, direction, matrix = flat(factor), x(n), x(*factor.shape), x(3, *factor.shape)
+    close = torch.testing.assert_close
+    assert factor.n == n
+    assert factor.to_dense().shape == (n, *factor.shape)
+    close(factor.sq_norms(), grads.square().sum(1))
+    close(factor.weighted_sum(weights), (weights @ grads).reshape(factor.shape))
+    close(factor.dot(direction), grads @ direction.flatten())
+    close(factor.project(matrix), grads @ matrix.reshape(3, grads.shape[1]).T)
+    close(factor.gram(factor), grads @ grads.T)
+    close(factor.inner(factor), grads.square().sum(1))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize(("name", "other"), PAIRS)
+def test_products_of_two_factors(name: str, other: str, n: int) -> None:
+    a = FACTORS[name](n)
+    make = OTHERS[other]
+    b = FACTORS[name](n) if make is None else make(*a.shape)(n)
+    m = FACTORS[name](2) if make is None else make(*a.shape)(2)
+    torch.testing.assert_close(a.inner(b), (flat(a) * flat(b)).sum(1))
+    torch.testing.assert_close(b.inner(a), (flat(a) * flat(b)).sum(1))
+    if a.shape == m.shape:
+        torch.testing.assert_close(a.gram(m), flat(a) @ flat(m).T)
+        torch.testing.assert_close(m.gram(a), flat(m) @ flat(a).T)
+
+
+@pytest.mark.parametrize("rows_each", [1, 2, 3])
+@pytest.mark.parametrize("name", [name for name in FACTORS if "diagonal" not in name])
+def test_regrouping_adds_consecutive_rows(name: str, rows_each: int) -> None:
+    factor = FACTORS[name](2 * rows_each)
+    regrouped = factor.regroup(2)
+    wanted = factor.to_dense().reshape(2, rows_each, *factor.shape).sum(1)
+    torch.testing.assert_close(regrouped.to_dense(), wanted)
+    torch.testing.assert_close(regrouped.sq_norms(), wanted.reshape(2, -1).square().sum(1))
+    torch.testing.assert_close(regrouped.weighted_sum(torch.tensor([2.0, -1.0]).double()), 2 * wanted[0] - wanted[1])
+    assert FACTORS[name](0).regroup(0).to_dense().shape == (0, *factor.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("t", [1, 3, 40])
+def test_norms_of_half_precision_add_up_in_float32(t: int, dtype: torch.dtype) -> None:
+    """Entries of 300: their squares overflow float16, and bfloat16 sums would stall at 256 equal terms."""
+    big = torch.full((2, 1, t, 16), 300.0, dtype=dtype)
+    outer_, rows_ = (
+        Outer(big, torch.ones(2, 1, t, 40, dtype=dtype), Size((16, 40))),
+        Rows(torch.zeros(2, t, dtype=torch.int64), big[:, 0], Size((4, 16))),
+    )
+    expected = torch.full((2,), float(16 * 40 * (300 * t) ** 2))
+    for found, wanted in [
+        (outer_.sq_norms(), expected),
+        (rows_.sq_norms(), expected / 40),
+        (Dense(big).sq_norms(), expected / 40 / t),
+    ]:
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=0)
+    direction = torch.ones(16, 40, dtype=dtype)
+    torch.testing.assert_close(outer_.dot(direction), torch.full((2,), 300.0 * t * 640), rtol=2e-2, atol=0)
+    assert Sum((outer_, outer_)).sq_norms().dtype == torch.float32
+    assert outer_.gram(outer_).isfinite().all()
+    conv = Convolution(
+        torch.full((2, 4, 3, 3), 300.0, dtype=dtype),
+        torch.ones(2, 4, 4, 4, dtype=dtype),
+        Size((4, 4, 2, 2)),
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        1,
+    )
+    torch.testing.assert_close(conv.sq_norms(), torch.full((2,), 64 * (9 * 300.0) ** 2), rtol=2e-2, atol=0)
+
+
+def test_a_norm_that_cancels_is_not_negative() -> None:
+    use = Outer(x(3, 1, 2, 6), x(3, 1, 2, 5), Size((6, 5)))
+    minus = Rows(torch.arange(6).expand(3, 6), -use.to_dense(), Size((6, 5)))
+    assert (Sum((use, minus)).sq_norms() >= 0).all()
+    assert (Sum((use, minus)).sq_norms() < 1e-10).all()
+
+
+def test_chunks_do_not_change_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {name: make(5) for name, make in FACTORS.items() if "dense" in name}
+    norms = {name: factor.sq_norms() for name, factor in wanted.items()}
+    monkeypatch.setattr("samplewise.factors._CHUNK_BYTES", 1)
+    for name, factor in wanted.items():
+        torch.testing.assert_close(factor.sq_norms(), norms[name])
+
+
+def test_factors_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Dense(x(2)).grad = x(2)  # type: ignore[misc]
