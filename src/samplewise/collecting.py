@@ -31,17 +31,27 @@ class Source:
     shape: torch.Size
     # None for the parameter itself
     edge: GradientEdge | None
+    # where the tensor begins, and how many elements it reaches over, in the memory it is a view of
+    region: range | None = None
 
     @staticmethod
     def of(tensor: Tensor, kind: Shared) -> "Source":
         """The source of a use of `tensor` now; later in-place changes of it do not matter."""
         edge = None if tensor.is_leaf else get_gradient_edge(tensor)
-        return Source(kind.names, kind.isometric, tensor.shape, edge)
+        return Source(kind.names, kind.isometric, tensor.shape, edge, _region(tensor))
 
     @property
     def key(self) -> object:
         """Uses with the same key have gradients that add up."""
         return self.names if self.edge is None else (self.edge.node, self.edge.output_nr)
+
+
+def _region(tensor: Tensor) -> range | None:
+    base = tensor._base  # noqa: SLF001
+    if base is None or not base.is_leaf or not tensor.numel():
+        return None
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return range(tensor.storage_offset(), tensor.storage_offset() + span)
 
 
 @dataclass
@@ -117,7 +127,9 @@ class Collector:
 
     def _pulled(self, source: Source, factor: Factor, name: str) -> Factor:
         parameter = self.parameters[name]
-        return Pulled(factor, lambda rows: self._pull(source, rows, parameter), source.isometric, parameter.shape)
+        return Pulled(
+            factor, lambda rows: self._pull(source, rows, parameter), source.isometric, parameter.shape, source.region
+        )
 
     def _pull(self, source: Source, rows: Tensor, parameter: nn.Parameter) -> Tensor:
         """Batched vector-Jacobian product of the derivation, `(m, *source.shape) -> (m, *parameter.shape)`."""

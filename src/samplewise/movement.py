@@ -26,9 +26,9 @@ def _ragged_reshape(call: Call, axis: Axis, old: Size, new: Size) -> Where:
     """The same by example: reshape the owner of every element, and see on which axis it changes."""
     owners = axis.owners(call.n).reshape(-1, *[1] * (len(old) - axis.dim - 1)).expand(old).reshape(new)
     for dim in range(len(new)):
-        line = owners.movedim(dim, 0).flatten(1)[:, :1]
-        if len(line) > 1 and owners.movedim(dim, 0).flatten(1).equal(line.expand(len(line), owners.numel() // len(line))):
-            return Axis.of_rows(dim, line[:, 0], call.n)
+        lines = owners.movedim(dim, 0).reshape(new[dim], owners.numel() // max(1, new[dim]))
+        if new[dim] > 1 and lines.equal(lines[:, :1].expand_as(lines)):
+            return Axis.of_rows(dim, lines[:, 0], call.n)
     return Lost(call.name)
 
 

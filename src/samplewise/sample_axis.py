@@ -175,7 +175,7 @@ SEVERAL: dict[str, Several] = {
 
 SINGLE: dict[str, Single] = {
     **dict.fromkeys(
-        "view reshape flatten unflatten ravel view_as reshape_as unsafe_view view_as_real view_as_complex".split(),
+        "view reshape flatten unflatten ravel view_as reshape_as unsafe_view".split(),
         reshaped,
     ),
     "permute": permuted,
@@ -215,8 +215,8 @@ SINGLE: dict[str, Single] = {
         ["linalg_det", "linalg_slogdet", "cholesky", "linalg_cholesky", "linalg_qr", "im2col", "col2im"], before_last(2)
     ),
     "diag_embed": last_diagonal,
-    "multinomial": before_last(1),
-    "one_hot": before_last(0),
+    **dict.fromkeys(["multinomial", "view_as_complex"], before_last(1)),
+    **dict.fromkeys(["one_hot", "view_as_real"], before_last(0)),
     "layer_norm": before_last(normalized_dims),
     "rms_norm": before_last(normalized_dims),
     **dict.fromkeys(["pad", "constant_pad_nd"], padded),
