@@ -870,3 +870,16 @@ def test_an_empty_batch() -> None:
     assert rec.gram().shape == (0, 0)
     assert rec.clipped_sum(1.0)["0.weight"].eq(0).all()
     assert rec.project(sw.GaussianProjection(3)).shape == (0, 3)
+
+
+def test_a_refused_op_has_changed_nothing():
+    norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    before = norm[1].running_mean.clone()
+    with pytest.raises(sw.MixedSamplesError, match="batch_norm"), sw.record(norm):
+        norm(torch.randn(4, 3))
+    assert norm[1].running_mean.equal(before)
+    table = nn.Embedding(5, 3, max_norm=0.1)
+    weight = table.weight.detach().clone()
+    with pytest.raises(sw.MixedSamplesError, match="max_norm"), sw.record(table):
+        table(torch.tensor([1, 2]))
+    assert table.weight.equal(weight)

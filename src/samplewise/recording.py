@@ -24,7 +24,7 @@ from .factors import Factor
 from .mixing import mix
 from .notes import Notes
 from .registry import EXPANSIONS, Operation, operation
-from .sample_axis import EXPANDS, MOVES, TURNS, follow
+from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
 from .taps import Factors, Grads
 
 CONSTANT = "constant"
@@ -209,6 +209,7 @@ class Recording(TorchFunctionMode):
             self.declare(before, self.kind(target))
             told = (before, *args[1:])
         call = Call(op.name, told, kwargs, self.n or 0, self.where)
+        refuse_mixing(call)
         shared = [x for x in call.tensors if isinstance(self.kind(x), Shared)]
         meeting = bool(shared) and any(self.where(x) is not None for x in call.tensors)
         if meeting and torch.is_grad_enabled():

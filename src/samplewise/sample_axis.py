@@ -61,8 +61,6 @@ def follow(call: Call, out: Tensor) -> Where | None:
         return _still_lost(call, lost)
     if call.name in FACTORIES or not call.placed():
         return None
-    if call.name in MIXING:
-        MIXING[call.name](call)
     if call.n <= 1:
         return whole(out)
     moved = _move(call, out)
@@ -72,6 +70,16 @@ def follow(call: Call, out: Tensor) -> Where | None:
         return Lost(moved.op, moved.linear, moved.uniform and all(axis.ragged is None for _, axis in call.placed()))
     fits = isinstance(moved, Lost) or out.shape[moved.dim] == moved.size(call.n)
     return moved if fits else Lost(call.name)
+
+
+def refuse_mixing(call: Call) -> None:
+    """Raise for an op that mixes the samples of its operands, before it has run and changed anything.
+
+    Raises:
+        MixedSamplesError: Naming the op and the remedy.
+    """
+    if call.name in MIXING and call.placed():
+        MIXING[call.name](call)
 
 
 def _move(call: Call, out: Tensor) -> Where:

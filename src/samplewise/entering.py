@@ -1,0 +1,189 @@
+"""A parameter that meets the samples row by row: it becomes a batched tensor, and the op runs as it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Size, Tensor
+
+from .alignment import through_index, written
+from .axes import Axis, Call, Lost, Where, swapped, whole
+from .collecting import Collector, Shared, Source, Use
+from .errors import SampleAxisError, UnsupportedOpError
+from .factors import Dense, Diagonal, Factor
+from .registry import Operation
+from .sample_axis import ALIGNED, JOINS
+from .taps import Collects, Enter, Grads
+
+Function = Callable[..., Any]
+
+
+class Recorder(Collects, Protocol):
+    """What a meeting needs of the recording it happens in."""
+
+    collector: Collector
+    anchor: Tensor
+    fallback: str
+
+    def kind(self, tensor: Tensor) -> object:
+        """What a tensor is: placed, lost, shared or constant."""
+
+    def where(self, tensor: Tensor) -> Where | None:
+        """Where its sample axis is."""
+
+    def declare(self, tensor: Tensor, kind: Axis | Lost | Shared | str) -> None:
+        """Say what it is."""
+
+
+def names_of(recording: Recorder, shared: list[Tensor]) -> str:
+    """The parameters behind shared tensors, for a message."""
+    names = {name for x in shared if isinstance(kind := recording.kind(x), Shared) for name in kind.names}
+    return " and ".join(f"'{name}'" for name in sorted(names)) or "a parameter"
+
+
+def replaced(call: Call, new: Mapping[int, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments with some tensors, given by id, replaced."""
+    args, kwargs = swapped((call.args, call.kwargs), new)
+    return args, kwargs
+
+
+def source_of(recording: Recorder, tensor: Tensor) -> Source:
+    """The use of a shared tensor here and now."""
+    kind = recording.kind(tensor)
+    assert isinstance(kind, Shared)
+    return Source.of(tensor, kind)
+
+
+def enter_whole(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
+    """One sample or none: the gradient of the batch is the sample's, whatever the op."""
+    new = {id(x): _sole(recording, call, x) for x in shared}
+    if op.inplace and id(call.args[0]) in new:
+        _overwrite(recording, call, new.pop(id(call.args[0])))
+    args, kwargs = replaced(call, new)
+    return func(*args, **kwargs)
+
+
+def _sole(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
+    source, n = source_of(recording, tensor), call.n
+    uses = recording.collector.expect(source, call.name, "rows")
+
+    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+        grad = grads[0]
+        assert grad is not None
+        # an embedding may have asked for a sparse one
+        dense = grad.to_dense() if grad.is_sparse else grad
+        return [(source, uses, Dense(dense[None][:n]))]
+
+    entered = Enter.run(recording, factors, recording.anchor, tensor.detach())
+    recording.declare(entered, whole(entered))
+    return entered
+
+
+def _overwrite(recording: Recorder, call: Call, entered: Tensor) -> None:
+    """Let the shared target of an in-place op hold its values as a batched tensor."""
+    target = call.args[0]
+    if target.is_leaf or target._is_view():  # noqa: SLF001
+        raise UnsupportedOpError(
+            f"{call.name}: writes batched values in place into {names_of(recording, [target])}, which all samples share. "
+            "Expand and clone it over the samples and write there, or write out of place."
+        )
+    target.detach_()
+    target.copy_(entered)
+    where = recording.where(entered)
+    assert where is not None
+    recording.declare(target, where)
+
+
+def enter_aligned(recording: Recorder, func: Function, call: Call, shared: list[Tensor]) -> Any:
+    """An op whose operands align from the right: its own broadcasting gives every sample its gradient."""
+    x, axis = call.placed()[0]
+    ndim = max(t.ndim for t in call.tensors)
+    frame = axis.at(axis.dim + ndim - x.ndim)
+    new = {id(s): enter(recording, call, s, frame, ndim, x.shape[axis.dim]) for s in shared}
+    args, kwargs = replaced(call, new)
+    return func(*args, **kwargs)
+
+
+def assign(recording: Recorder, func: Function, call: Call, shared: list[Tensor]) -> Any:
+    """`target[index] = value` with a shared value."""
+    target, index, value = call.args
+    part = target.detach()[index]
+    where = through_index(call, target, index, part)
+    if not isinstance(where, Axis) or not any(value is x for x in shared):
+        raise SampleAxisError(
+            f"setitem: {names_of(recording, shared)} is written to places that do not follow the samples of a target of shape "
+            f"{tuple(target.shape)}. Write to whole samples (`x[:, k] = p`), or use torch.where."
+        )
+    return func(target, index, enter(recording, call, value, where, part.ndim, part.shape[where.dim]))
+
+
+def spread_target(recording: Recorder, call: Call) -> None:
+    """Make the shared target of an in-place op batched, as far as it has a place for every sample: its rows enter one by one."""
+    target = call.args[0]
+    axis = written(call) if call.name == "setitem" else _aligned_axis(call, target)
+    if not isinstance(axis, Axis) or target.shape[axis.dim] != axis.size(call.n):
+        raise UnsupportedOpError(
+            f"{call.name}: writes batched values in place into {names_of(recording, [target])}, of shape {tuple(target.shape)}, which "
+            "all samples share. Expand and clone it over the samples and write there, or write out of place."
+        )
+    before = target.clone()
+    kind = recording.kind(target)
+    assert isinstance(kind, Shared)
+    recording.declare(before, kind)
+    _overwrite(recording, call, enter(recording, call, before, axis, target.ndim, target.shape[axis.dim]))
+
+
+def _aligned_axis(call: Call, target: Tensor) -> Axis | None:
+    x, axis = call.placed()[0]
+    dim = axis.dim + target.ndim - x.ndim
+    return axis.at(dim) if call.name in ALIGNED and dim >= 0 else None
+
+
+def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int, rows: int) -> Tensor:
+    """A shared tensor as a batched one, aligned from the right in `ndim` dims with `rows` rows on `axis.dim`."""
+    value, dim = tensor.detach(), axis.dim - (ndim - tensor.ndim)
+    if dim < 0:
+        value, dim = value.reshape(*[1] * -dim, *value.shape), 0
+    placed = axis.at(dim)
+    origin, kind = tensor, recording.kind(tensor)
+    assert isinstance(kind, Shared)
+    own = value.shape[dim] == rows
+    if call.name in JOINS and value.shape[dim] != rows:
+        raise SampleAxisError(
+            f"{call.name}: joins samples with {names_of(recording, [tensor])} along the sample axis (axis {dim}, {rows} rows and "
+            f"{value.shape[dim]}). Join along another axis, with the parameter expanded over the samples."
+        )
+    if own and kind.unexpanded is not None and _expands_along(kind.unexpanded, value, dim):
+        origin = kind.unexpanded
+    source = source_of(recording, origin)
+    uses = recording.collector.expect(source, call.name, "rows")
+    diagonal = own and origin is tensor
+    # the closure holds no tensor and no call
+    n, shape, below = call.n, origin.shape, value.ndim - origin.ndim
+
+    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+        grad = grads[0]
+        assert grad is not None
+        if diagonal:
+            owners = placed.owners(n).to(grad.device)
+            return [(source, uses, Diagonal(grad.reshape(source.shape), owners, dim, n))]
+        rest = [*[1] * below, *shape]
+        del rest[dim]
+        dense = _sum_to(placed.rows(grad, n), Size(rest))
+        return [(source, uses, Dense(dense.reshape(len(dense), *source.shape)).regroup(n))]
+
+    value = value if own else value.expand(*value.shape[:dim], rows, *value.shape[dim + 1 :])
+    entered: Tensor = Enter.run(recording, factors, recording.anchor, value)
+    recording.declare(entered, placed)
+    return entered
+
+
+def _expands_along(tensor: Tensor, value: Tensor, dim: int) -> bool:
+    """Whether `value` is `tensor` expanded (not tiled), on `dim` among others."""
+    padded = [*[1] * (value.ndim - tensor.ndim), *tensor.shape]
+    return padded[dim] == 1 and all(own in {1, size} for own, size in zip(padded, value.shape, strict=True))
+
+
+def _sum_to(grad: Tensor, shape: Size) -> Tensor:
+    """Sum a gradient `(n, *larger)` over the dims that `shape`, of as many dims, has as 1."""
+    dims = [k for k, (size, own) in enumerate(zip(grad.shape[1:], shape, strict=True), 1) if own == 1 and size != 1]
+    return grad.sum(dims, keepdim=True) if dims else grad
