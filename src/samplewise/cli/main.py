@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 on bad input, 130 when interrupted.
 
     Example:
-        >>> main(["score", "--out", "runs/digits"])
+        >>> main(["score", "--out", "runs/digits"])  # doctest: +SKIP
         0
     """
     options = ScoreOptions(**vars(parser().parse_args(argv)))
