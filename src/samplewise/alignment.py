@@ -31,11 +31,16 @@ def broadcast(call: Call, out: Tensor) -> Where:
     return first[1]
 
 
+def chosen(call: Call, out: Tensor) -> Where:
+    """`where(condition, a, b)`; with the condition alone it lists positions of the whole batch."""
+    return broadcast(call, out) if len(call.args) + len(call.kwargs) > 1 else Lost(call.name)
+
+
 def _conflict(call: Call, a: Tensor, b: Tensor) -> str:
     def show(x: Tensor) -> str:
         axis = call.where(x)
         assert isinstance(axis, Axis)
-        return f"{tuple(x.shape)} with samples on axis {axis.dim}"
+        return f"{tuple(x.shape)} with samples on {axis}"
 
     return (
         f"{call.name}: the sample axes of two operands fall on different places after broadcasting: {show(a)} and {show(b)}. "
@@ -271,7 +276,12 @@ def class_loss(call: Call, _: Tensor) -> Where:
     if not isinstance(axis, Axis):
         return call.placed()[0][1]
     classes = 1 if logits.ndim > 1 else 0
-    return Lost(call.name) if axis.dim == classes else without(axis, [classes])
+    if axis.dim == classes:
+        return Lost(call.name)
+    where, labels = without(axis, [classes]), call.where(target)
+    if isinstance(labels, Axis) and labels != (axis if target.is_floating_point() else where):
+        raise SampleAxisError(_conflict(call, logits, target))
+    return where
 
 
 def similarity(call: Call, out: Tensor) -> Where:

@@ -27,6 +27,15 @@ class Axis:
             return Axis(dim, owners.numel() // n)
         return Axis(dim, ragged=tuple(owners.tolist()))
 
+    def __str__(self) -> str:
+        """For messages."""
+        if self.ragged is not None:
+            return (
+                f"axis {self.dim}, in the order {', '.join(map(str, self.ragged[:8]))}{', ...' if len(self.ragged) > 8 else ''}"
+            )
+        groups = [f"{self.outer} blocks of all samples"] * (self.outer > 1) + [f"{self.inner} rows each"] * (self.inner > 1)
+        return f"axis {self.dim}" + (f" ({', '.join(groups)})" if groups else "")
+
     def at(self, dim: int) -> "Axis":
         """The same samples on another axis."""
         return self if dim == self.dim else Axis(dim, self.outer, self.inner, self.ragged)
@@ -74,6 +83,10 @@ class Lost:
     # every sample has the same weight in it: false for a mean with class weights or ignored targets
     uniform: bool = True
 
+    def __str__(self) -> str:
+        """For messages."""
+        return f"no axis any more: {self.op} brought the samples together, or hid where they are"
+
 
 Where = Axis | Lost
 
@@ -93,7 +106,9 @@ class Call:
     def __post_init__(self) -> None:
         if self.name in {"max", "min"} and isinstance(self.get(1, "other"), Tensor):
             self.name += "imum"
-        self.tensors = list(tensors_in(self.args[:1] if self.name in LENDING else (self.args, self.kwargs)))
+        # `x.new_zeros(...)`: the tensor only lends its type and device
+        own = self.args[1:] if self.name.startswith("new_") else self.args[:1] if self.name in LENDING else self.args
+        self.tensors = list(tensors_in(own if self.name in LENDING else (own, self.kwargs)))
 
     def get(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword (numpy's `axis` counts as `dim`)."""

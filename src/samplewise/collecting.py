@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .errors import SamplewiseError
 from .factors import Dense, Factor, Pulled, add
 
 
@@ -19,7 +20,7 @@ class Shared:
     # every entry is another entry of one parameter: transposes, reshapes, slices, casts
     isometric: bool = True
     # the tensor this one is an expansion of
-    unexpanded: Tensor | None = None
+    unexpanded: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Collector:
     def __post_init__(self) -> None:
         self._arrived: dict[object, tuple[Source, list[Factor]]] = {}
         self._expected: dict[str, float] = {}
+        # what the factors hold, with the versions it had
+        self._kept: list[tuple[Tensor, int]] = []
         self.empty = True
 
     def expect(self, source: Source, op: str, how: str) -> list[Use]:
@@ -102,6 +105,8 @@ class Collector:
             factor = Dense(factor.to_dense())
         factors = self._arrived.setdefault(source.key, (source, []))[1]
         factors.append(factor)
+        if self.consume is None:
+            self._kept += [(x, x._version) for x in vars(factor).values() if isinstance(x, Tensor)]  # noqa: SLF001
         if self.consume is not None and source.edge is None:
             (name,) = source.names
             if len(factors) == self._expected[name]:
@@ -117,7 +122,16 @@ class Collector:
             self._arrived.clear()
 
     def factors(self) -> dict[str, Factor]:
-        """One factor per parameter that the loss reached."""
+        """One factor per parameter that the loss reached.
+
+        Raises:
+            SamplewiseError: If a tensor that the gradients are made of was changed in place since the backward.
+        """
+        if any(x._version != version for x, version in self._kept):  # noqa: SLF001
+            raise SamplewiseError(
+                "record: a tensor that the gradients are made of (an input of the model, perhaps) was changed in place after the "
+                "backward. Ask for the quantities first, or give the recording a copy."
+            )
         terms: dict[str, list[Factor]] = {}
         for source, factors in self._arrived.values():
             for name in source.names:

@@ -33,6 +33,9 @@ class Recorder(Collects, Protocol):
     def declare(self, tensor: Tensor, kind: Axis | Lost | Shared | str) -> None:
         """Say what it is."""
 
+    def overwrite(self, tensor: Tensor, kind: Axis | Lost | Shared | str) -> None:
+        """Say what it is after an in-place op."""
+
 
 def names_of(recording: Recorder, shared: list[Tensor]) -> str:
     """The parameters behind shared tensors, for a message."""
@@ -90,7 +93,7 @@ def _overwrite(recording: Recorder, call: Call, entered: Tensor) -> None:
     target.copy_(entered)
     where = recording.where(entered)
     assert where is not None
-    recording.declare(target, where)
+    recording.overwrite(target, where)
 
 
 def enter_aligned(recording: Recorder, func: Function, call: Call, shared: list[Tensor]) -> Any:

@@ -17,6 +17,8 @@ Single = Callable[[Call, Tensor, Axis, Tensor], Where]
 
 def reshaped(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     """Any order-preserving reshape: the sample index advances once every `inner * prod(shape[dim+1:])` elements."""
+    if isinstance(call.get(1, "dtype"), torch.dtype):
+        return Lost(call.name)
     if axis.ragged is not None:
         return _ragged_reshape(call, axis, x.shape, out.shape)
     return through_reshape(axis, call.n, x.shape, out.shape) or Lost(call.name)

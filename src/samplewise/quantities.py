@@ -95,9 +95,9 @@ class Record:
             )
         if where != Axis(0) and n > 1:
             raise SampleAxisError(
-                f"backward: the losses have the right shape, ({n},), but the recording cannot tell that entry i belongs to sample i: "
-                f"{where or 'they do not depend on the samples'}. Compute them from the model's output inside the recording; if they "
-                "come from a function it cannot see into, declare them with `rec.batched(losses)`."
+                f"backward: the losses have the right shape, ({n},), but it is not known that entry i belongs to sample i: "
+                f"{f'samples on {where}' if where else 'they do not depend on the samples'}. Compute the losses from the model's output inside "
+                "the recording and keep the samples apart; a table or mask of n entries made outside is declared by `rec.constant`."
             )
 
     # --- quantities ---------------------------------------------------------------------------------------------------------

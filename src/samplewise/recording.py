@@ -36,6 +36,9 @@ Kind = Axis | Lost | Shared | str
 class Recording(TorchFunctionMode):
     """Records one batch of one model. The public face is `samplewise.record`."""
 
+    # whether a tensor with a history from outside is batched where its shape says so
+    trusts_shapes = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -55,9 +58,11 @@ class Recording(TorchFunctionMode):
         self.collector = Collector(self.parameters, consume)
         self.anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
-        self._kinds: Notes[Kind] = Notes()
-        # of views that are constant or shared, when that was last known
-        self._versions: Notes[int] = Notes()
+        # what a tensor is, and when that was noted
+        self._kinds: Notes[tuple[Kind, int]] = Notes()
+        # memory in which an in-place op changed what a tensor is, and when: other tensors noted before are stale
+        self._changed: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._clock = 0
         self._handles: list[Any] = []
         self._sources: list[Callable[..., Any]] = []
         self._open = False
@@ -74,9 +79,10 @@ class Recording(TorchFunctionMode):
             )
         _refuse_compiled(self.model)
         for tensor in _held_tensors(self.model):
-            self._kinds[tensor] = CONSTANT
+            self.declare(tensor, CONSTANT)
         for name, parameter in self.parameters.items():
-            self._kinds[parameter] = Shared(frozenset({name}))
+            _refuse_hooks(name, parameter)
+            self.declare(parameter, Shared(frozenset({name})))
             self._handles.append(parameter.register_hook(self._guard(name, parameter)))
         self._handles.append(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True, prepend=True))
         self._open = True
@@ -92,10 +98,26 @@ class Recording(TorchFunctionMode):
 
     def declare(self, tensor: Tensor, kind: Kind) -> None:
         """Say what a tensor is, whatever its shape suggests."""
-        self._kinds[tensor] = kind
-        if tensor._base is not None:  # noqa: SLF001
-            # what is written through another view may change what this one is
-            self._versions[tensor] = tensor._version  # noqa: SLF001
+        self._kinds[tensor] = (kind, self._clock)
+
+    def overwrite(self, tensor: Tensor, kind: Kind, *, mixed: bool = False) -> None:
+        """Say what a tensor is after an in-place op; if that is new, whatever else shares its memory is no longer known.
+
+        `mixed`: samples were brought together in it, whatever it was before.
+        """
+        note = self._kinds.get(tensor)
+        new = mixed or kind != (note[0] if note else CONSTANT)
+        if new and tensor.layout == torch.strided:
+            self._clock += 1
+            storage = tensor.untyped_storage()
+            self._changed[storage._cdata] = (storage, self._clock)  # noqa: SLF001
+        self.declare(tensor, kind)
+
+    def _stale(self, tensor: Tensor, noted: int) -> bool:
+        if not self._changed or tensor.layout != torch.strided:
+            return False
+        changed = self._changed.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        return changed is not None and changed[1] > noted
 
     def where(self, tensor: Tensor) -> Where | None:
         """Where the sample axis of a tensor is; None for what does not depend on the samples."""
@@ -104,22 +126,21 @@ class Recording(TorchFunctionMode):
 
     def kind(self, tensor: Tensor) -> Kind:
         """What a tensor is: placed, lost, shared or constant."""
-        kind = self._kinds.get(tensor)
-        if kind is None:
-            kind = self._first_seen(tensor)
-        elif not isinstance(kind, Axis | Lost) and self._versions.get(tensor) not in {None, tensor._version}:  # noqa: SLF001
-            kind = Lost("an in-place op on a tensor that shares its memory")
+        kind, noted = self._kinds.get(tensor) or (self._first_seen(tensor), 0)
+        if self._stale(tensor, noted):
+            return Lost("an in-place op on a tensor that shares its memory")
         return CONSTANT if isinstance(kind, Shared) and not tensor.requires_grad else kind
 
     def _first_seen(self, tensor: Tensor) -> Kind:
         """A tensor made outside: batched if its declared axis has the batch size, else constant."""
         if isinstance(tensor, nn.Parameter) or self.n is None:
             return CONSTANT
-        if tensor.ndim > self.batch_dim and tensor.shape[self.batch_dim] == self.n:
-            kind: Kind = Axis(self.batch_dim)
-        else:
-            kind = CONSTANT if tensor.grad_fn is None else Lost("a function that the recording could not see into")
-        self._kinds[tensor] = kind
+        fits = tensor.ndim > self.batch_dim and tensor.shape[self.batch_dim] == self.n
+        kind: Kind = Axis(self.batch_dim) if fits else CONSTANT
+        if tensor.grad_fn is not None and self.n > 1 and not (fits and self.trusts_shapes):
+            # it has a history, of which nothing is known
+            kind = Lost("a function that the recording could not see into")
+        self.declare(tensor, kind)
         return kind
 
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -137,18 +158,19 @@ class Recording(TorchFunctionMode):
             for sequence in packed:
                 self._enter_packed(sequence)
         for x in inputs:
-            if self._kinds.get(x) in {None, CONSTANT} and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
-                self._kinds[x] = Axis(self.batch_dim)
+            unsaid = (self._kinds.get(x) or (CONSTANT, 0))[0] == CONSTANT
+            if unsaid and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
+                self.declare(x, Axis(self.batch_dim))
 
     def _enter_packed(self, sequence: PackedSequence) -> None:
         """The rows of a packed sequence, and the orders that lead to it and back."""
         sizes, n = sequence.batch_sizes.tolist(), self.n or 0
         order = torch.arange(n) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
         owners = torch.cat([order[:size] for size in sizes])
-        self._kinds[sequence.data] = Axis.of_rows(0, owners, n)
+        self.declare(sequence.data, Axis.of_rows(0, owners, n))
         for x in (sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices):
             if x is not None:
-                self._kinds[x] = CONSTANT
+                self.declare(x, CONSTANT)
 
     def _guard(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
         """A hook that refuses a gradient which would be accumulated in the parameter, not one that is only asked for."""
@@ -210,30 +232,36 @@ class Recording(TorchFunctionMode):
             told = (before, *args[1:])
         call = Call(op.name, told, kwargs, self.n or 0, self.where)
         refuse_mixing(call)
-        shared = [x for x in call.tensors if isinstance(self.kind(x), Shared)]
-        meeting = bool(shared) and any(self.where(x) is not None for x in call.tensors)
+        kinds = [self.kind(x) for x in call.tensors]
+        shared = [x for x, kind in zip(call.tensors, kinds, strict=True) if isinstance(kind, Shared)]
+        meeting = bool(shared) and any(isinstance(kind, Axis | Lost) for kind in kinds)
         if meeting and torch.is_grad_enabled():
             out = mix(self, func, op, call, shared)
         else:
             out = func(*args, **kwargs)
             if meeting:
                 self.collector.expect_hidden(self._names(shared))
-        # what is known already: an operand given back as it is, or a result of the fallback
-        fresh = [x for x in tensors_in(out) if self._kinds.get(x) is None or kwargs.get("out") is not None]
-        results = fresh if target is None else [target]
-        self._mark(op, call, results, shared)
+        self._mark(op, call, out, shared, target)
         return out
 
-    def _mark(self, op: Operation, call: Call, results: list[Tensor], shared: list[Tensor]) -> None:
-        """Note what the results, or the target of an in-place op, are now."""
+    def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
+        """Note what the results, or the targets of an in-place op, are now."""
+        written_to = op.inplace or call.kwargs.get("out") is not None
+        if target is not None:
+            results = [target]
+        elif written_to:
+            results = list(tensors_in((call.args[:1] if op.inplace else (), out)))
+        else:
+            # what is known already: an operand given back as it is, or a tapped result
+            results = [x for x in tensors_in(out) if self._kinds.get(x) is None]
         for tensor in results:
             kind: Kind | None = written(call) if op.name == "setitem" else follow(call, tensor)
             if kind is None:
                 kind = self._derived(op, shared) if tensor.requires_grad and shared else CONSTANT
-            base = tensor._base if op.inplace else None  # noqa: SLF001
-            if base is not None and isinstance(kind, Axis | Lost) and self.where(base) is None:
-                self._kinds[base] = Lost(f"{op.name} in place on a view of it")
-            self.declare(tensor, kind)
+            if written_to and op.name not in TURNS:
+                self.overwrite(tensor, kind, mixed=isinstance(kind, Lost) and len(call.tensors) > 1)
+            else:
+                self.declare(tensor, kind)
 
     def _derived(self, op: Operation, shared: list[Tensor]) -> Shared:
         """The kind of a tensor computed from shared and constant ones."""
@@ -339,6 +367,15 @@ def _refuse_compiled(model: nn.Module) -> None:
         raise UnsupportedOpError(
             f"record: {', '.join(compiled)} is compiled by torch.compile, and the recording cannot see into it. Record the module that "
             "was compiled (its `_orig_mod`), which shares its parameters."
+        )
+
+
+def _refuse_hooks(name: str, parameter: nn.Parameter) -> None:
+    hooks = (parameter._backward_hooks or {}).values()  # noqa: SLF001
+    if any(getattr(hook, "__module__", None) != __name__ for hook in hooks):
+        raise UnsupportedOpError(
+            f"{name}: has a hook on its gradient, which per-sample gradients would not pass through. Remove it for the recording, and "
+            "apply to the results what it does."
         )
 
 

@@ -109,6 +109,8 @@ def operation(op: Callable[..., Any]) -> Operation:
     getter = getattr(op, "__self__", None)
     if isinstance(getter, types.GetSetDescriptorType | types.MemberDescriptorType):
         name = getter.__name__
+        if op.__name__ == "__set__" and name in _TENSOR_PROPERTIES:
+            return Operation("set", inplace=True, source=None, plain_property=False)
         return Operation(name, inplace=False, source=None, plain_property=name not in _TENSOR_PROPERTIES)
     if isinstance(op, types.FunctionType) and not _wraps_method(op):
         key = f"{op.__module__}.{op.__qualname__}"

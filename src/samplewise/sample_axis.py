@@ -12,6 +12,7 @@ from .alignment import (
     batch_dims,
     broadcast,
     broadcast_along,
+    chosen,
     class_loss,
     concatenated,
     contraction,
@@ -59,7 +60,7 @@ def follow(call: Call, out: Tensor) -> Where | None:
     lost = [where for x in call.tensors if isinstance(where := call.where(x), Lost)]
     if lost and not (call.name in INDEXING and isinstance(call.where(call.args[0]), Axis)):
         return _still_lost(call, lost)
-    if call.name in FACTORIES or not call.placed():
+    if not call.placed():
         return None
     if call.n <= 1:
         return whole(out)
@@ -145,7 +146,7 @@ fill fix float float_power floor floor_divide floordiv fmax fmin fmod frac full_
 greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 i0e i1 i1e iand igamma igammac imag int
 invert ior isclose isfinite isinf isnan isneginf isposinf isreal ixor lcm ldexp le leaky_relu lerp less less_equal lgamma log
 log10 log1p log2 log_ndtr log_normal log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit
-logsigmoid long lshift lt masked_fill maximum minimum mish mul multiply nan_to_num ndtr ndtri ne neg negative nextafter normal
+logsigmoid long lshift lt masked_fill maximum minimum mish mul multiply nan_to_num ndtr ndtri ne neg negative new_tensor nextafter normal
 not_equal ones_like or pin_memory polar polygamma positive pow rad2deg rand_like randint_like randn_like random real reciprocal
 relu relu6 remainder requires_grad resolve_conj resolve_neg round rrelu rrelu_with_noise rshift rsqrt rsub selu sgn short sigmoid
 sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold to true_divide
@@ -161,6 +162,7 @@ SEVERAL: dict[str, Several] = {
     **dict.fromkeys(ELEMENTWISE, broadcast),
     **dict.fromkeys(["cat", "concat", "concatenate"], concatenated),
     "stack": stacked,
+    "where": chosen,
     "embedding": looked_up,
     "getitem": indexed,
     "index_select": selected,
@@ -201,7 +203,7 @@ SINGLE: dict[str, Single] = {
         nanmedian mode max min aminmax""".split(),
         reduced(),
     ),
-    **dict.fromkeys(["linalg_vector_norm", "norm", "kthvalue", "quantile", "nanquantile"], reduced(2)),
+    **dict.fromkeys(["linalg_vector_norm", "norm", "kthvalue"], reduced(2)),
     **dict.fromkeys(
         ["softmax", "log_softmax", "safe_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"], along()
     ),
@@ -237,7 +239,9 @@ SINGLE: dict[str, Single] = {
     **dict.fromkeys(
         "avg_pool3d max_pool3d max_pool3d_with_indices adaptive_avg_pool3d adaptive_max_pool3d".split(), before_last(3)
     ),
-    **dict.fromkeys("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle".split(), before_last(3)),
+    **dict.fromkeys("pixel_shuffle pixel_unshuffle".split(), before_last(3)),
+    # along axis 1, whatever the rank
+    **dict.fromkeys("channel_shuffle native_channel_shuffle".split(), along(99, 1)),
     **dict.fromkeys(
         """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
         upsample_trilinear3d _upsample_nearest_exact1d upsample_nearest_exact2d""".split(),
@@ -263,5 +267,3 @@ EXPANDS = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 TURNS = frozenset("squeeze unsqueeze t transpose swapaxes swapdims".split())
 # An index that brings samples together still picks rows that each belong to one sample.
 INDEXING = frozenset({"getitem", "index_select"})
-# The tensor only lends its type and device: the result is the same for all samples.
-FACTORIES = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "new_tensor"})

@@ -190,6 +190,9 @@ def recorded(
 class _Direct(LateRecording):
     """One function called with ExpandedWeights."""
 
+    # what is not expanded has the samples on the declared axis: that is the interface
+    trusts_shapes = True
+
     def __init__(self, weights: Sequence[ExpandedWeight], size: int) -> None:
         origins = {str(id(origin)): origin for weight in weights for origin in weight.origins}
         dim, loss_reduction = 0 if is_batch_first(weights) else 1, common_reduction(weights)
