@@ -40,7 +40,7 @@ def _conflict(call: Call, a: Tensor, b: Tensor) -> str:
     def show(x: Tensor) -> str:
         axis = call.where(x)
         assert isinstance(axis, Axis)
-        return f"{tuple(x.shape)} with samples on {axis}"
+        return f"{tuple(x.shape)} with {axis}"
 
     return (
         f"{call.name}: the sample axes of two operands fall on different places after broadcasting: {show(a)} and {show(b)}. "

@@ -34,7 +34,7 @@ class Axis:
                 f"axis {self.dim}, in the order {', '.join(map(str, self.ragged[:8]))}{', ...' if len(self.ragged) > 8 else ''}"
             )
         groups = [f"{self.outer} blocks of all samples"] * (self.outer > 1) + [f"{self.inner} rows each"] * (self.inner > 1)
-        return f"axis {self.dim}" + (f" ({', '.join(groups)})" if groups else "")
+        return f"samples on axis {self.dim}" + (f" ({', '.join(groups)})" if groups else "")
 
     def at(self, dim: int) -> "Axis":
         """The same samples on another axis."""
@@ -85,7 +85,7 @@ class Lost:
 
     def __str__(self) -> str:
         """For messages."""
-        return f"no axis any more: {self.op} brought the samples together, or hid where they are"
+        return f"{self.op} brought the samples together, or hid where they are"
 
 
 Where = Axis | Lost

@@ -94,11 +94,11 @@ class Record:
                 "`loss.backward()` and `loss_reduction`."
             )
         if where != Axis(0) and n > 1:
-            found = f"samples on {where}" if where else "they do not depend on the samples"
+            found = where or "they do not depend on the samples"
             raise SampleAxisError(
-                f"backward: the losses have the right shape, ({n},), but it is not known that entry i belongs to sample i: {found}. "
-                "Compute the losses from the model's output inside "
-                "the recording and keep the samples apart; a table or mask of n entries made outside is declared by `rec.constant`."
+                f"backward: the losses have the right shape, ({n},), but the recording cannot tell that entry i belongs to sample i: "
+                f"{found}. Compute the losses from the model's output inside the recording and keep the samples apart; a table or mask "
+                "of n entries made outside is declared by `rec.constant`."
             )
 
     # --- quantities ---------------------------------------------------------------------------------------------------------
