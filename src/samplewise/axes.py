@@ -30,9 +30,7 @@ class Axis:
     def __str__(self) -> str:
         """For messages."""
         if self.ragged is not None:
-            return (
-                f"axis {self.dim}, in the order {', '.join(map(str, self.ragged[:8]))}{', ...' if len(self.ragged) > 8 else ''}"
-            )
+            return f"samples on axis {self.dim}, in the order {', '.join(map(str, self.ragged[:8]))}{', ...' if len(self.ragged) > 8 else ''}"
         groups = [f"{self.outer} blocks of all samples"] * (self.outer > 1) + [f"{self.inner} rows each"] * (self.inner > 1)
         return f"samples on axis {self.dim}" + (f" ({', '.join(groups)})" if groups else "")
 
