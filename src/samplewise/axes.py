@@ -30,7 +30,8 @@ class Axis:
     def __str__(self) -> str:
         """For messages."""
         if self.ragged is not None:
-            return f"samples on axis {self.dim}, in the order {', '.join(map(str, self.ragged[:8]))}{', ...' if len(self.ragged) > 8 else ''}"
+            order = ", ".join(map(str, self.ragged[:8])) + ", ..." * (len(self.ragged) > 8)
+            return f"samples on axis {self.dim}, in the order {order}"
         groups = [f"{self.outer} blocks of all samples"] * (self.outer > 1) + [f"{self.inner} rows each"] * (self.inner > 1)
         return f"samples on axis {self.dim}" + (f" ({', '.join(groups)})" if groups else "")
 
