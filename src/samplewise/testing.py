@@ -123,7 +123,6 @@ class _Call(nn.Module):
         self.op, self.sample = op, sample
         found = {id(x): x for _, x in _named(sample) if isinstance(x, nn.Parameter)}
         self.shared = nn.ParameterList(found.values())
-        self.fixed = [x for _, x in _named(sample) if isinstance(x, Tensor)]
 
     def forward(self, *batched: Tensor) -> Tensor:
         swap = dict(zip(map(id, _batched(self.sample)), batched, strict=True))
