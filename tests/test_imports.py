@@ -28,7 +28,7 @@ APPLICATIONS = ("attribution", "privacy", "noise_scale", "cli")
 ALLOWED = {
     "errors": set(),
     "factors": {"errors"},
-    "rules": {"factors", "registry", "contractions", "errors", "rules"},
+    "rules": {"axes", "factors", "registry", "contractions", "errors", "rules"},
     "projections": {"errors"},
     "registry": {"errors"},
     "contractions": {"errors"},

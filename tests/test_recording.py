@@ -721,8 +721,7 @@ def test_declarations() -> None:
     model = linear()
     mask = torch.tensor([[1.0, 0, 1], [0, 1, 1], [1, 1, 0]]).double()
     # T == n: a mask made outside could be batched
-    masked = Lambda(lambda self, b: self.inner(b) @ self.inner(b).mT + self.mask[0], inner=linear(D, 2))
-    masked.mask = [mask]
+    masked = Lambda(lambda self, b: self.inner(b) @ self.inner(b).mT + mask, inner=linear(D, 2))
     with (
         pytest.raises(sw.SampleAxisError, match=r"fall on different places after broadcasting.*rec.constant\(tensor\)"),
         sw.record(masked) as rec,
@@ -753,13 +752,25 @@ def test_batch_norm_in_training_mode_raises(layer: nn.Module) -> None:
 
 MESSAGES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[str, ...]]] = {
     "lost": (
-        lambda self, b: self.inner(torch.cat([b, b]))[: len(b)],
-        ("linear", "inner.weight", "cat", r"\(6, 4\)", "rec.batched"),
+        lambda self, b: self.inner(b.cumsum(0)),
+        ("linear", "inner.weight", "cumsum", r"\(3, 4\)", "rec.batched", r"in '[\w.]+' \(test_recording.py, line \d+\)"),
     ),
-    "rolled": (lambda self, b: self.inner(b.roll(1, 0)), ("linear", "inner.weight", "roll", "Keep the samples apart")),
+    "sorted": (lambda self, b: self.inner(b.sort(0)[0]), ("linear", "inner.weight", "sort", "Keep the samples apart")),
+    "rolled": (lambda self, b: self.inner(b.roll(1, 0)), ("backward", "in the order 2, 0, 1", "keep the samples apart")),
+    "cut off": (
+        lambda self, b: b.new_zeros(b.shape).index_add(
+            0, r := (b[:, 0] > -99).nonzero()[:2, 0], self.inner(b[r]) @ self.inner.weight
+        ),
+        ("linear", "inner.weight", "lost in getitem", "Keep the samples apart"),
+    ),
+    "nobody's": (
+        lambda self, b: self.inner(torch.cat([b, torch.zeros(1, D).double()]))[:3],
+        ("linear", "inner.weight", "belong to no sample", "owners="),
+    ),
+    "transformed": (lambda self, b: torch.vmap(self.inner)(b), ("linear", "torch.func", "whole batch")),
     "mixed": (lambda self, b: (b.t() @ b @ self.w)[:3, None], ("matmul", "'w'", "lost in matmul", "Keep the samples apart")),
     "contracted": (lambda self, b: (b.t() @ self.rows)[:3], ("matmul", "samples")),
-    "in place": (lambda self, b: (self.w * 1).add_(b[0])[:3, None], ("add", "'w'", "in place|brings|lost")),
+    "in place": (lambda self, b: (self.w * 1).add_(b.cumsum(0)[0])[:3, None], ("add", "'w'", "in place|brings|lost")),
     "joined": (
         lambda self, b: torch.cat([b, self.w[None]]),
         ("cat", "'w'", "along the sample axis", "Join along another axis"),

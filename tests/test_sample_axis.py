@@ -58,7 +58,11 @@ def flows(op: Op, placed: list[Placed], n: int, sample: int, place: int, others:
     tensors = [x.clone().requires_grad_(x.is_floating_point()) for x, _ in placed]
     inputs = [x * 1 if x.requires_grad else x for x in tensors]
     torch.manual_seed(0)
-    out = [x for x in tree_leaves(op(*inputs)) if isinstance(x, Tensor)][place]
+    try:
+        out = [x for x in tree_leaves(op(*inputs)) if isinstance(x, Tensor)][place]
+    except BAD_CALL:
+        # torch itself forbids the op where gradients flow
+        assume(False)
     if not out.requires_grad:
         return torch.zeros_like(others)
     leaves = [(x, axis) for x, (_, axis) in zip(tensors, placed, strict=True) if x.requires_grad and axis is not None]

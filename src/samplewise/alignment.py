@@ -5,12 +5,12 @@ Each function is one family of ops: `(call, out)` are the call and a result.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
-from .axes import Axis, Call, Lost, Where, whole
+from .axes import NOBODY, Axis, Call, Lost, Selection, Where, in_step_now
 from .contractions import CONTRACTIONS
 from .errors import SampleAxisError
 from .movement import dim_of, without
@@ -20,20 +20,37 @@ Several = Callable[[Call, Tensor], Where]
 
 def broadcast(call: Call, out: Tensor) -> Where:
     """Elementwise with broadcasting: dims align from the right, and all sample axes must fall on one place."""
-    first: tuple[Tensor, Axis] | None = None
-    for x, axis in call.placed():
-        moved = axis.at(axis.dim + out.ndim - x.ndim)
-        if first is None:
-            first = (x, moved)
-        elif moved != first[1]:
-            raise SampleAxisError(_conflict(call, first[0], x))
-    assert first is not None
-    return first[1]
+    (first, axis), *others = call.placed()
+    found = axis.at(axis.dim + out.ndim - first.ndim)
+    for x, other in others:
+        placed = other.at(other.dim + out.ndim - x.ndim)
+        if placed != found:
+            merged = _merged(found, placed, call.n)
+            if merged is None and found.ragged is None and placed.ragged is None:
+                raise SampleAxisError(_conflict(call, first, x))
+            if merged is None:
+                # losses of single samples that are added up
+                return Lost(call.name, linear=call.name in {"add", "sub"}, uniform=False)
+            found = merged
+    return Lost(call.name) if found.chosen is not None and _placed_by_a_constant(call, out, found) else found
 
 
-def chosen(call: Call, out: Tensor) -> Where:
-    """`where(condition, a, b)`; with the condition alone it lists positions of the whole batch."""
-    return broadcast(call, out) if len(call.args) + len(call.kwargs) > 1 else Lost(call.name)
+def _placed_by_a_constant(call: Call, out: Tensor, axis: Axis) -> bool:
+    """Whether rows that the data chose meet a constant with rows of its own, which it would meet by place."""
+    rows = axis.size(call.n)
+    dims = ((x, axis.dim - out.ndim + x.ndim) for x in call.tensors if call.where(x) is None)
+    own = (x.movedim(dim, 0) for x, dim in dims if dim >= 0 and x.shape[dim] == rows > 1 and x.stride(dim))
+    return not in_step_now() and any(not x.equal(x[:1].expand_as(x)) for x in own)
+
+
+def _merged(a: Axis, b: Axis, n: int) -> Axis | None:
+    """One axis for two operands whose rows belong to the same samples, or to nobody yet; None where they differ."""
+    if a.dim != b.dim or a.size(n) != b.size(n):
+        return None
+    first, second = a.owners(n), b.owners(n)
+    if ((first != second) & (first != NOBODY) & (second != NOBODY)).any():
+        return None
+    return Axis.of_rows(a.dim, torch.maximum(first, second), n, a.chosen or b.chosen)
 
 
 def _conflict(call: Call, a: Tensor, b: Tensor) -> str:
@@ -54,8 +71,8 @@ def broadcast_along(position: int, default: int | None = None) -> Several:
 
     def move(call: Call, out: Tensor) -> Where:
         where, dim = broadcast(call, out), call.get(position, "dim", default)
-        assert isinstance(where, Axis)
-        return Lost(call.name) if dim is None or dim_of(out, dim) == where.dim else where
+        lost = isinstance(where, Lost) or dim is None or dim_of(out, dim) == where.dim
+        return Lost(call.name) if lost else where
 
     return move
 
@@ -64,6 +81,13 @@ def batch_dims(call: Call, out: Tensor) -> Where:
     """Attention: leading dims broadcast, the last two are its own."""
     where = broadcast(call, out)
     return where if isinstance(where, Axis) and where.dim < out.ndim - 2 else Lost(call.name)
+
+
+def first_of_all(call: Call, _: Tensor) -> Where:
+    """An op on several tensors whose samples lie on axis 0 by definition, all of them batched."""
+    axes = {axis for _, axis in call.placed()}
+    (axis, *others) = axes
+    return axis if not others and axis.dim == 0 and len(call.placed()) == len(call.tensors) else Lost(call.name)
 
 
 def contraction(call: Call, out: Tensor) -> Where:
@@ -84,6 +108,44 @@ def contraction(call: Call, out: Tensor) -> Where:
     return axes.pop().at(product.result.index(letter)) if letter in product.result else Lost(call.name)
 
 
+def convolved(dims: int, *, groups: int) -> Several:
+    """A convolution of `(n, c, *space)`, or of one image whose groups of channels are the samples, each with its own kernel."""
+
+    def move(call: Call, out: Tensor) -> Where:
+        x, axis = call.args[0], call.where(call.args[0])
+        others = [where for y, where in call.placed() if y is not x]
+        if not isinstance(axis, Axis) or x.ndim != dims + 2:
+            return Lost(call.name)
+        if axis.dim == 0:
+            return Lost(call.name) if others else axis
+        apart = axis.dim == 1 and axis.outer == 1 and axis.ragged is None and call.get(groups, "groups", 1) % call.n == 0
+        alike = all(where.dim == 0 and where.outer == 1 and where.ragged is None for where in others)
+        return Axis(1, 1, out.shape[1] // call.n) if apart and alike else Lost(call.name)
+
+    return move
+
+
+def ctc(call: Call, out: Tensor) -> Where:
+    """`ctc_loss(log_probs (t, n, c), targets, input_lengths, target_lengths)`."""
+    if out.ndim == 0:
+        return Lost(call.name, linear=True)
+    log_probs, targets = call.args[0], call.get(1, "targets")
+    axis, labels = call.where(log_probs), call.where(targets)
+    fits = isinstance(axis, Axis) and axis.dim == 1 and (labels is None or (targets.ndim == 2 and labels == axis.at(0)))
+    return Axis(0) if fits else Lost(call.name)
+
+
+def solved(call: Call, out: Tensor) -> Where:
+    """`linalg.solve`: matrices `(..., m, m)` and right sides `(..., m, k)` or `(..., m)`."""
+    a, b = call.args[0], call.get(1, "B")
+    vector = b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
+    ndim = max(a.ndim, b.ndim + vector)
+    wide = {id(a): a.ndim, id(b): b.ndim + vector}
+    places = {axis.at(axis.dim + ndim - wide[id(x)]) for x, axis in call.placed()}
+    axis = places.pop()
+    return Lost(call.name) if places or axis.dim >= ndim - 2 else axis
+
+
 def distances(call: Call, out: Tensor) -> Where:
     """`cdist`: rows of the first, `(..., p, d)`, against rows of the second, `(..., r, d)`."""
     placed = call.placed()
@@ -94,13 +156,16 @@ def distances(call: Call, out: Tensor) -> Where:
 
 
 def concatenated(call: Call, out: Tensor) -> Where:
-    where, dim = broadcast(call, out), dim_of(out, call.get(1, "dim", 0))
-    assert isinstance(where, Axis)
-    return Lost(call.name) if where.dim == dim else where
+    dim = dim_of(out, call.get(1, "dim", 0))
+    if any(axis.dim + out.ndim - x.ndim == dim or axis.ragged for x, axis in call.placed()):
+        return Lost(call.name)
+    return broadcast(call, out)
 
 
 def stacked(call: Call, out: Tensor) -> Where:
     placed = {axis for _, axis in call.placed()}
+    if len(placed) > 1 and any(axis.ragged for axis in placed):
+        return Lost(call.name)
     if len(placed) > 1:
         raise SampleAxisError(
             _conflict(call, call.placed()[0][0], next(x for x, a in call.placed() if a != call.placed()[0][1]))
@@ -120,10 +185,45 @@ def selected(call: Call, _: Tensor) -> Where:
     x, index = call.args[0], call.get(2, "index")
     axis, dim = call.where(x), dim_of(x, call.get(1, "dim"))
     if not isinstance(axis, Axis):
-        return Lost(call.name)
+        own = call.where(index)
+        return own.at(dim) if axis is None and isinstance(own, Axis) else Lost(call.name)
     if dim != axis.dim:
         return axis if call.where(index) is None else Lost(call.name)
-    return Axis.of_rows(dim, axis.owners(call.n)[index.cpu()], call.n)
+    own = call.where(index)
+    chosen = _picked(axis, own, index, call.n)
+    if chosen is False:
+        return Lost(call.name)
+    picked = Axis.of_rows(dim, axis.owners(call.n)[index.cpu()], call.n, chosen)
+    return (_merged(picked, own.at(dim), call.n) if isinstance(own, Axis) else picked) or Lost(call.name)
+
+
+def _picked(axis: Axis, own: Where | None, index: Tensor, n: int) -> Selection | Literal[False] | None:
+    """Whether the data chose the rows that an index takes; False if it mixes samples in doing so."""
+    rows = axis.size(n)
+    if isinstance(own, Lost):
+        return _reordered(axis, own, index) if _takes_all(index, rows) else False
+    if own is not None:
+        return own.chosen
+    places = (index.flatten() % max(1, rows)).tolist()
+    if axis.chosen is not None and (len(set(places)) < len(places) or not axis.may_take(places, n)) and not in_step_now():
+        return False
+    return axis.chosen and Selection()
+
+
+def _reordered(axis: Axis, own: Lost, index: Tensor) -> Selection | None:
+    """The rows in an order that the batch decided; None if that brings them back to where they were."""
+    before = None if axis.chosen is None else axis.chosen.places
+    places = index.flatten().cpu() if before is None else before[index.flatten().cpu()]
+    if before is not None and places.equal(places.sort()[0]):
+        return None
+    keys = own.keys if own.keys is not None and len(own.keys) == len(places) else None
+    return Selection(keys, None if axis.chosen is not None and before is None else places)
+
+
+def _takes_all(index: Tensor, rows: int) -> bool:
+    """Whether an index takes every row equally often: an order that the batch decides, but no choice."""
+    counts = torch.bincount(index.flatten() % max(1, rows), minlength=rows)
+    return bool((counts == counts[:1]).all())
 
 
 def indexed(call: Call, out: Tensor) -> Where:
@@ -140,13 +240,20 @@ class _Item:
     where: Where | None = None
 
 
-def through_index(call: Call, x: Tensor, index: object, _: Tensor) -> Where:
+def through_index(call: Call, x: Tensor, index: object, out: Tensor) -> Where:
     """Where the sample axis of `x[index]` is."""
     # integers are selected first, whatever stands between them
-    items = [item for item in _full_index(call, x, index) if not isinstance(item.taken, int)]
+    given = _full_index(call, x, index)
+    items = [item for item in given if not isinstance(item.taken, int)]
     axis, picked = call.where(x), {item.source for item in items if item.taken is not None}
     if isinstance(axis, Axis) and axis.dim not in picked:
-        return Lost(call.name)
+        return _one_row(
+            call,
+            axis,
+            items,
+            next(item.taken for item in given if item.source == axis.dim and isinstance(item.taken, int)),
+            out,
+        )
     tensors = [k for k, item in enumerate(items) if isinstance(item.taken, Tensor)]
     width = max((items[k].taken.ndim for k in tensors), default=0)
     together = not tensors or tensors == list(range(tensors[0], tensors[-1] + 1))
@@ -163,28 +270,46 @@ def through_index(call: Call, x: Tensor, index: object, _: Tensor) -> Where:
     return where or Lost(call.name)
 
 
-def _through_slice(call: Call, part: slice, axis: Axis, place: int) -> Axis:
+def _one_row(call: Call, axis: Axis, items: list[_Item], row: int, out: Tensor) -> Where:
+    """`x[3]` on the sample axis: all of the result is that row's."""
+    owner = int(axis.owners(call.n)[row])
+    if not axis.may_take([row % axis.size(call.n)], call.n):
+        return Lost(call.name)
+    apart = any(item.where and not (isinstance(item.where, Axis) and item.where.sample == owner) for item in items)
+    return Lost(call.name) if apart or owner == NOBODY else Axis.of_sample(owner, out)
+
+
+def _through_slice(call: Call, part: slice, axis: Axis, place: int) -> Axis | None:
     size = axis.size(call.n)
     whole = range(*part.indices(size)) == range(size)
-    return axis.at(place) if whole else Axis.of_rows(place, axis.owners(call.n)[part], call.n)
+    if whole:
+        return axis.at(place)
+    if not axis.may_take(range(*part.indices(size)), call.n):
+        return None
+    return Axis.of_rows(place, axis.owners(call.n)[part], call.n, axis.chosen and axis.chosen.part(part))
 
 
 def _axes_of_tensor(call: Call, item: _Item, axis: Axis | None, place: int) -> set[Axis | None]:
     """The axes that an index tensor, whose first dim is at `place` of the result, brings there; None: it scatters the samples."""
     index, own = item.taken, item.where
-    found: set[Axis | None] = {own.at(own.dim + place)} if isinstance(own, Axis) else {None} if own and axis is None else set()
     if axis is None:
-        return found
+        return {own.at(own.dim + place)} if isinstance(own, Axis) else {None} if own else set()
+    chosen = _picked(axis, own, index, call.n)
+    if chosen is False:
+        return {None}
     # x[rows, ...]: each row taken keeps its sample
     lines = [dim for dim in range(index.ndim) if index.shape[dim] == index.numel()]
     owners = axis.owners(call.n)[index.flatten().cpu()]
-    return found | {Axis.of_rows(lines[0] + place, owners, call.n) if lines else None}
+    rows = Axis.of_rows(lines[0] + place, owners, call.n, chosen) if lines else None
+    return {_merged(rows, own.at(own.dim + place), call.n) if rows and isinstance(own, Axis) else rows}
 
 
 def _full_index(call: Call, x: Tensor, index: object) -> list[_Item]:
     """Every entry of an index, with the ellipsis and the missing dims written out, and masks as the positions they take."""
     given = index if isinstance(index, tuple) else (index,)
     items = [_as_item(item) for item in given]
+    if not any(isinstance(item, Tensor) and item.ndim for item in items):
+        items = [_as_number(call, item) for item in items]
     own = {id(item) for item in given if isinstance(item, Tensor)}
     if not any(item is Ellipsis for item in items):
         items.append(Ellipsis)
@@ -206,7 +331,7 @@ def _full_index(call: Call, x: Tensor, index: object) -> list[_Item]:
 def _mask_items(call: Call, mask: Tensor, source: int) -> list[_Item]:
     own, parts = call.where(mask), mask.nonzero(as_tuple=True)
     if isinstance(own, Axis):
-        rows = Axis.of_rows(0, own.owners(call.n)[parts[own.dim].cpu()], call.n)
+        rows = Axis.of_rows(0, own.owners(call.n)[parts[own.dim].cpu()], call.n, Selection())
         return [_Item(source + k, part, rows) for k, part in enumerate(parts)]
     return [_Item(source + k, part, own) for k, part in enumerate(parts)]
 
@@ -214,6 +339,12 @@ def _mask_items(call: Call, mask: Tensor, source: int) -> list[_Item]:
 def _as_item(item: object) -> Any:
     simple = item is None or item is Ellipsis or isinstance(item, slice | Tensor)
     return item if simple or (isinstance(item, int) and not isinstance(item, bool)) else torch.as_tensor(item)
+
+
+def _as_number(call: Call, item: Any) -> Any:
+    """A constant without dims as the integer it is."""
+    number = isinstance(item, Tensor) and not _is_mask(item) and call.where(item) is None
+    return int(item) if number else item
 
 
 def _is_mask(item: object) -> TypeGuard[Tensor]:
@@ -224,60 +355,44 @@ def _consumed(item: object) -> int:
     return item.ndim if _is_mask(item) else int(item is not None and item is not Ellipsis)
 
 
-def written(call: Call) -> Where | None:
-    """Where the sample axis of the target is after `target[index] = value`."""
-    target, index, value = call.args
-    if call.n <= 1 and any(call.where(x) for x in (target, value) if isinstance(x, Tensor)):
-        return whole(target)
-    held, brought = call.where(target), call.where(value) if isinstance(value, Tensor) else None
-    if isinstance(held, Lost) or brought is None:
-        return held
-    if isinstance(brought, Lost):
-        return brought
-    part = target.detach()[index]
-    moved = brought.at(brought.dim + part.ndim - value.ndim)
-    if held is not None:
-        return held if through_index(call, target, index, part) == moved else Lost("setitem")
-    fits = [axis for axis in map(Axis, range(target.ndim)) if _seen_under(call, axis, part) == moved]
-    return fits[0] if len(fits) == 1 else Lost("setitem")
-
-
-def _seen_under(call: Call, axis: Axis, part: Tensor) -> Where:
-    """Where the axis of `target[index]` would be if the target's were `axis`."""
-    target, index, _ = call.args
-    if target.shape[axis.dim] != call.n:
-        return Lost("setitem")
-    assumed = Call("getitem", (target, index), {}, call.n, lambda x: axis if x is target else call.where(x))
-    return through_index(assumed, target, index, part)
-
-
 def elementwise_loss(reduction: int, *, gone: int | None = None) -> Several:
     """A loss per element; `reduction` is the position of its reduction code (0 none, 1 mean, 2 sum)."""
 
     def move(call: Call, out: Tensor) -> Where:
         if call.get(reduction, "reduction", 1) != 0:
             return Lost(call.name, linear=True)
-        x, axis = call.placed()[0]
+        x = call.placed()[0][0]
         if gone is None or x.ndim < 2:
             return broadcast(call, out)
-        return Lost(call.name) if axis.dim == gone else without(axis, [gone])
+        # the target has the dim that goes no longer
+        axes = {axis.at(axis.dim - (y.ndim == x.ndim and axis.dim > gone % x.ndim)) for y, axis in call.placed()}
+        kept = all(y.ndim < x.ndim or axis.dim != gone % x.ndim for y, axis in call.placed())
+        return axes.pop() if len(axes) == 1 and kept else Lost(call.name)
 
     return move
+
+
+def margin_loss(call: Call, out: Tensor) -> Where:
+    """A loss per row of `(n, c)`."""
+    if out.ndim != 1:
+        return Lost(call.name, linear=True)
+    axes = {axis for _, axis in call.placed()}
+    return axes.pop() if len(axes) == 1 and all(axis.dim == 0 for axis in axes) else Lost(call.name)
 
 
 def class_loss(call: Call, _: Tensor) -> Where:
     """Cross entropy and negative log likelihood: input (n, c, ...), target (n, ...)."""
     logits, target, weight = call.args[0], call.get(1, "target"), call.get(2, "weight")
+    axis = call.where(logits)
+    classes = 1 if logits.ndim > 1 else 0
+    if isinstance(axis, Axis) and axis.dim == classes:
+        return Lost(call.name)
     if call.get(3, "reduction", 1) != 0:
         ignored = not target.is_floating_point() and bool((target == call.get(4, "ignore_index", -100)).any())
         mean = call.get(3, "reduction", 1) == 1
         return Lost(call.name, linear=True, uniform=not (mean and (weight is not None or ignored)))
-    axis = call.where(logits)
     if not isinstance(axis, Axis):
         return call.placed()[0][1]
-    classes = 1 if logits.ndim > 1 else 0
-    if axis.dim == classes:
-        return Lost(call.name)
     where, labels = without(axis, [classes]), call.where(target)
     if isinstance(labels, Axis) and labels != (axis if target.is_floating_point() else where):
         raise SampleAxisError(_conflict(call, logits, target))
@@ -289,7 +404,6 @@ def similarity(call: Call, out: Tensor) -> Where:
     ndim = max(x.ndim for x in call.tensors)
     wide = out.new_empty([1] * ndim)
     where = broadcast(call, wide)
-    assert isinstance(where, Axis)
-    if out.ndim == ndim:
+    if isinstance(where, Lost) or out.ndim == ndim:
         return where
     return Lost(call.name) if where.dim == dim % ndim else without(where, [dim % ndim])

@@ -1,31 +1,104 @@
 """What it means that an axis carries the samples, and a call of an op with its tensors' axes."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Rows whose number or order the data decided: a mask, a sort. Taking some of them by their place would mix the samples."""
+
+    # what they were sorted by, in that order: rows of one key stand together, and may be taken together
+    keys: tuple[int, ...] | None = None
+    # the places they had before, while that is known
+    places: Tensor | None = None
+
+    def part(self, rows: slice) -> "Selection":
+        """What is known of some of the rows."""
+        return Selection(self.keys and self.keys[rows], None if self.places is None else self.places[rows])
+
+    def may_take(self, places: Iterable[int], axis: "Axis", n: int) -> bool:
+        """Whether rows at some places are told from the others by their own keys, and not by the other samples."""
+        taken, rows = set(places), axis.size(n)
+        if len(taken) == rows or in_step_now():
+            return True
+        if self.keys is None or not self.keys or rows % len(self.keys):
+            return False
+        inner, count = (axis.inner, len(self.keys)) if axis.ragged is None else (1, rows)
+        classes: dict[tuple[int, ...], bool] = {}
+        for row in range(rows):
+            key = (self.keys[row // inner % count % len(self.keys)], row % inner, row // (inner * count))
+            if classes.setdefault(key, row in taken) != (row in taken):
+                return False
+        return True
+
+
+_TRUST = threading.local()
+
+
+def in_step_now() -> bool:
+    """Whether `in_step` holds."""
+    return getattr(_TRUST, "depth", 0) > 0
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """While rows are taken by place in step with their own lengths: packing sequences and padding them."""
+    _TRUST.depth = getattr(_TRUST, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _TRUST.depth -= 1
+
+
+# the owner of a row that does not depend on the samples
+NOBODY = -1
+
+
 @dataclass(frozen=True)
 class Axis:
     """Axis `dim` carries the samples: `shape[dim] == outer * n * inner`, sample index in the middle.
 
-    Where the rows of a sample follow no such pattern (packed sequences), `ragged` names the sample of each row.
+    Where the rows of a sample follow no such pattern (packed sequences), `ragged` names the sample of each row, or `NOBODY`.
     """
 
     dim: int
     outer: int = 1
     inner: int = 1
     ragged: tuple[int, ...] | None = None
+    # set where the data decided which rows these are
+    chosen: Selection | None = field(default=None, compare=False)
 
     @staticmethod
-    def of_rows(dim: int, owners: Tensor, n: int) -> "Axis":
+    def of_rows(dim: int, owners: Tensor, n: int, chosen: Selection | None = None) -> "Axis":
         """The axis whose rows belong to the given samples, `(rows,)`, as a pattern where there is one."""
-        if n and owners.numel() % n == 0 and owners.equal(torch.arange(n).repeat(owners.numel() // n)):
-            return Axis(dim, owners.numel() // n)
-        return Axis(dim, ragged=tuple(owners.tolist()))
+        times, rest = divmod(owners.numel(), n) if n else (0, 1)
+        for axis in [Axis(dim, times, chosen=chosen), Axis(dim, 1, times, chosen=chosen)] if times and not rest else []:
+            # rows that nobody has written yet fit any pattern: what is claimed of a constant is checked when it meets others
+            if ((axis.owners(n) == owners) | (owners == NOBODY)).all():
+                return axis
+        return Axis(dim, ragged=tuple(owners.tolist()), chosen=chosen)
+
+    @staticmethod
+    def of_sample(sample: int, x: Tensor) -> "Axis":
+        """The axis of a tensor that is one sample's as a whole."""
+        return Axis(0, ragged=(sample,) * (x.shape[0] if x.ndim else 1))
+
+    @property
+    def sample(self) -> int | None:
+        """The one sample that every row belongs to, as far as it belongs to any."""
+        owners = set(self.ragged or ()) - {NOBODY}
+        return owners.pop() if len(owners) == 1 else None
+
+    def may_take(self, places: Iterable[int], n: int) -> bool:
+        """Whether rows may be taken by their place."""
+        return self.chosen is None or self.chosen.may_take(places, self, n)
 
     def __str__(self) -> str:
         """For messages."""
@@ -37,7 +110,7 @@ class Axis:
 
     def at(self, dim: int) -> "Axis":
         """The same samples on another axis."""
-        return self if dim == self.dim else Axis(dim, self.outer, self.inner, self.ragged)
+        return self if dim == self.dim else replace(self, dim=dim)
 
     def owners(self, n: int) -> Tensor:
         """The sample of each row, `(shape[dim],)`."""
@@ -55,6 +128,9 @@ class Axis:
         `(n * outer * inner, ...)`; with ragged rows every sample is filled up to the longest by rows of zeros.
         """
         x = x.movedim(self.dim, 0)
+        if x.is_meta and self.ragged is not None:
+            # a stand-in, of which a rule uses the shape at most
+            return x.new_empty(n * max(map(self.ragged.count, range(n)), default=0), *x.shape[1:])
         if self.ragged is not None:
             return self._padded(x, n)
         if self.outer == 1 or not x.shape[0]:
@@ -81,6 +157,12 @@ class Lost:
     linear: bool = False
     # every sample has the same weight in it: false for a mean with class weights or ignored targets
     uniform: bool = True
+    # a list of places or values that occur in the batch: one entry of it is no more than a Python number
+    listed: bool = False
+    # what to say if a gradient is asked of it: a parameter had met it
+    refused: str | None = None
+    # an order of rows by integers: what they were, in that order
+    keys: tuple[int, ...] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         """For messages."""
@@ -99,7 +181,11 @@ class Call:
     kwargs: dict[str, Any]
     n: int
     where: Callable[[Tensor], Where | None]
+    # of an in-place op on a view: the tensor it is a view of, and what that was before
+    base: tuple[Tensor, object] | None = None
     tensors: list[Tensor] = field(init=False)
+    # all tensors of the result, in order, once the op has run
+    results: list[Tensor] = field(init=False, default_factory=list)
     _placed: list[tuple[Tensor, Axis]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -110,11 +196,11 @@ class Call:
         self.tensors = list(tensors_in(own if self.name in LENDING else (own, self.kwargs)))
 
     def get(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument by position or keyword (numpy's `axis` counts as `dim`)."""
+        """An argument by position or keyword (`axis` and `dimension` count as `dim`)."""
         if position < len(self.args):
             return self.args[position]
-        alias = "axis" if name == "dim" else name
-        return self.kwargs.get(name, self.kwargs.get(alias, default))
+        aliases = (name, "axis", "dimension") if name == "dim" else (name,)
+        return next((self.kwargs[alias] for alias in aliases if alias in self.kwargs), default)
 
     def placed(self) -> list[tuple[Tensor, Axis]]:
         """The tensors that carry the sample axis, with the axis."""
@@ -122,6 +208,11 @@ class Call:
             pairs = ((x, self.where(x)) for x in self.tensors)
             self._placed = [(x, axis) for x, axis in pairs if isinstance(axis, Axis)]
         return self._placed
+
+    def sample(self) -> int | None:
+        """The one sample that all batched operands belong to as a whole, if there is one."""
+        owners = {axis.sample for _, axis in self.placed()}
+        return owners.pop() if len(owners) == 1 else None
 
 
 def whole(x: Tensor) -> Axis:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from .errors import SamplewiseError
+from .errors import SamplewiseError, UnsupportedOpError
 from .factors import Dense, Factor, Pulled, add
 
 
@@ -45,6 +45,23 @@ class Source:
     def key(self) -> object:
         """Uses with the same key have gradients that add up."""
         return self.names if self.edge is None else (self.edge.node, self.edge.output_nr)
+
+
+def leaves_of(tensor: Tensor) -> set[Node]:
+    """The nodes at the ends of a tensor's history: those that would accumulate its leaves' gradients."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    open_: list[Node | None] = [tensor.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = [edge[0] for edge in node.next_functions]
+        if not following:
+            found.add(node)
+        open_ += following
+    return found
 
 
 def _region(tensor: Tensor) -> range | None:
@@ -165,4 +182,14 @@ def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter) 
         return pull(rows, batched=True)
     except RuntimeError:
         # an op of the derivation that vmap does not know
-        return torch.stack([pull(row, batched=False) for row in rows])
+        return _one_by_one(rows, lambda row: pull(row, batched=False))
+
+
+def _one_by_one(rows: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
+    try:
+        return torch.stack([pull(row) for row in rows])
+    except RuntimeError as error:
+        raise UnsupportedOpError(
+            f"record: the gradient of a tensor computed from parameters cannot be taken back to them ({error}). Compute it with ordinary "
+            "ops, and without reentrant checkpointing."
+        ) from error

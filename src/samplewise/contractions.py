@@ -67,6 +67,10 @@ def outer(input: Tensor, vec2: Tensor) -> Contraction:
 
 def inner(input: Tensor, other: Tensor) -> Contraction:
     left, right = tuple(f"a{k}" for k in range(input.ndim - 1)), tuple(f"b{k}" for k in range(other.ndim - 1))
+    if not input.ndim or not other.ndim:
+        # a number times a tensor
+        every = tuple(f"a{k}" for k in range(max(input.ndim, other.ndim)))
+        return Contraction((input, other), (every[: input.ndim], every[: other.ndim]), every)
     return Contraction((input, other), ((*left, "i"), (*right, "i")), (*left, *right))
 
 

@@ -30,7 +30,7 @@ class Coverage:
                     tuple(dict.fromkeys(use.op for use in mine)),
                     tuple(dict.fromkeys(use.how for use in mine)),
                     tuple(dict.fromkeys(use.structure for use in mine)),
-                    parameter.numel() / total,
+                    parameter.numel() / max(1, total),
                 )
             )
         return Coverage(tuple(rows))

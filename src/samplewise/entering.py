@@ -1,17 +1,19 @@
 """A parameter that meets the samples row by row: it becomes a batched tensor, and the op runs as it is."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 from typing import Any, Protocol
 
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
-from .alignment import through_index, written
+from .alignment import through_index
 from .axes import Axis, Call, Lost, Where, swapped, whole
 from .collecting import Collector, Shared, Source, Use
 from .errors import SampleAxisError, UnsupportedOpError
-from .factors import Dense, Diagonal, Factor
+from .factors import Dense, Diagonal, Factor, Single
+from .ownership import written
 from .registry import Operation
-from .sample_axis import ALIGNED, JOINS
+from .sample_axis import ALIGNED, INNER, JOINS
 from .taps import Collects, Enter, Grads
 
 Function = Callable[..., Any]
@@ -20,6 +22,7 @@ Function = Callable[..., Any]
 class Recorder(Collects, Protocol):
     """What a meeting needs of the recording it happens in."""
 
+    model: nn.Module
     collector: Collector
     anchor: Tensor
     fallback: str
@@ -35,6 +38,12 @@ class Recorder(Collects, Protocol):
 
     def overwrite(self, tensor: Tensor, kind: Axis | Lost | Shared | str) -> None:
         """Say what it is after an in-place op."""
+
+    def __enter__(self) -> Any:
+        """Record what runs."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> Any:
+        """No longer."""
 
 
 def names_of(recording: Recorder, shared: list[Tensor]) -> str:
@@ -57,7 +66,7 @@ def source_of(recording: Recorder, tensor: Tensor) -> Source:
 
 
 def enter_whole(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
-    """One sample or none: the gradient of the batch is the sample's, whatever the op."""
+    """One sample, of a batch of one or picked from a larger: the whole gradient is that sample's, whatever the op."""
     new = {id(x): _sole(recording, call, x) for x in shared}
     if op.inplace and id(call.args[0]) in new:
         _overwrite(recording, call, new.pop(id(call.args[0])))
@@ -66,7 +75,7 @@ def enter_whole(recording: Recorder, func: Function, op: Operation, call: Call, 
 
 
 def _sole(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
-    source, n = source_of(recording, tensor), call.n
+    source, n, sample = source_of(recording, tensor), call.n, call.sample() if call.n > 1 else None
     uses = recording.collector.expect(source, call.name, "rows")
 
     def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
@@ -74,10 +83,10 @@ def _sole(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
         assert grad is not None
         # an embedding may have asked for a sparse one
         dense = grad.to_dense() if grad.is_sparse else grad
-        return [(source, uses, Dense(dense[None][:n]))]
+        return [(source, uses, Dense(dense[None][:n]) if sample is None else Single(dense, sample, n))]
 
     entered = Enter.run(recording, factors, recording.anchor, tensor.detach())
-    recording.declare(entered, whole(entered))
+    recording.declare(entered, whole(entered) if sample is None else Axis.of_sample(sample, entered))
     return entered
 
 
@@ -101,6 +110,11 @@ def enter_aligned(recording: Recorder, func: Function, call: Call, shared: list[
     x, axis = call.placed()[0]
     ndim = max(t.ndim for t in call.tensors)
     frame = axis.at(axis.dim + ndim - x.ndim)
+    if call.name in INNER and frame.dim >= ndim - INNER[call.name]:
+        raise SampleAxisError(
+            f"{call.name}: the samples lie on axis {axis.dim} of an operand of shape {tuple(x.shape)}, which the op mixes, so the gradient "
+            f"of {names_of(recording, shared)} cannot be split over them. Move the samples to a leading axis."
+        )
     new = {id(s): enter(recording, call, s, frame, ndim, x.shape[axis.dim]) for s in shared}
     args, kwargs = replaced(call, new)
     return func(*args, **kwargs)
@@ -155,7 +169,8 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
             f"{call.name}: joins samples with {names_of(recording, [tensor])} along the sample axis (axis {dim}, {rows} rows and "
             f"{value.shape[dim]}). Join along another axis, with the parameter expanded over the samples."
         )
-    if own and kind.unexpanded is not None and _expands_along(kind.unexpanded, value, dim):
+    hooked = bool(tensor._backward_hooks)  # noqa: SLF001
+    if own and kind.unexpanded is not None and not hooked and _expands_along(kind.unexpanded, value, dim):
         origin = kind.unexpanded
     source = source_of(recording, origin)
     uses = recording.collector.expect(source, call.name, "rows")

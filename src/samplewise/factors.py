@@ -324,6 +324,45 @@ class Diagonal(Factor):
 
 
 @dataclass(frozen=True)
+class Single(Factor):
+    """grad[n] is zero except for one sample: made by an op that ran on that sample alone."""
+
+    grad: Tensor  # (*shape)
+    sample: int
+    samples: int
+
+    @property
+    def shape(self) -> Size:  # type: ignore[override]
+        return self.grad.shape
+
+    @property
+    def n(self) -> int:
+        return self.samples
+
+    def regroup(self, n: int) -> Factor:
+        if n != self.samples:
+            raise AssertionError("a single names its sample itself")
+        return self
+
+    def to_dense(self) -> Tensor:
+        dense = self.grad.new_zeros(self.samples, *self.shape)
+        dense[self.sample] = self.grad
+        return dense
+
+    def sq_norms(self) -> Tensor:
+        return self._alone(wide(self.grad).square().sum())
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.grad * weights[self.sample].to(self.grad.dtype)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return self._alone((wide(self.grad) * direction).sum())
+
+    def _alone(self, value: Tensor) -> Tensor:
+        return torch.nn.functional.pad(value[None], [self.sample, self.samples - self.sample - 1])
+
+
+@dataclass(frozen=True)
 class Pulled(Factor):
     """The gradient of a parameter whose derived tensor has gradient `factor`: weight norm, slices, transposes, casts."""
 
@@ -376,7 +415,7 @@ class Sum(Factor):
     def sq_norms(self) -> Tensor:
         if _apart(self.terms):
             return torch.stack([term.sq_norms() for term in self.terms]).sum(0)
-        if any(isinstance(term, Dense | Pulled | Convolution | Diagonal) for term in self.terms):
+        if any(isinstance(term, Dense | Pulled | Convolution | Diagonal | Single) for term in self.terms):
             return super().sq_norms()
         # |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>
         cross = [a.inner(b) for k, a in enumerate(self.terms) for b in self.terms[:k]]
@@ -398,6 +437,7 @@ def add(factors: Sequence[Factor]) -> Factor:
     outers: dict[tuple[int, ...], list[Outer]] = {}
     rows: list[Rows] = []
     dense: list[Tensor] = []
+    singles: list[Single] = []
     others: list[Factor] = []
     for factor in factors:
         if isinstance(factor, Outer):
@@ -406,11 +446,17 @@ def add(factors: Sequence[Factor]) -> Factor:
             rows.append(factor)
         elif isinstance(factor, Dense):
             dense.append(factor.grad)
+        elif isinstance(factor, Single):
+            singles.append(factor)
         else:
             others.append(factor)
     terms = [*(_join_outers(group) for group in outers.values()), *others]
     if rows:
         terms.append(_join_rows(rows))
+    if len(singles) == 1:
+        terms.append(singles[0])
+    elif singles:
+        dense.append(_join_singles(singles))
     if dense:
         terms.append(Dense(sum(dense[1:], dense[0])))
     return terms[0] if len(terms) == 1 else Sum(tuple(terms))
@@ -474,3 +520,10 @@ def _join_rows(rows: list[Rows]) -> Rows:
     if len(rows) == 1:
         return rows[0]
     return Rows(torch.cat([f.index for f in rows], 1), torch.cat([f.value for f in rows], 1), rows[0].shape)
+
+
+def _join_singles(singles: list[Single]) -> Tensor:
+    dense = singles[0].to_dense()
+    for single in singles[1:]:
+        dense[single.sample] += single.grad
+    return dense

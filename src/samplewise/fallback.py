@@ -14,6 +14,9 @@ from .factors import Dense, Factor
 from .registry import Operation
 from .taps import Enter, Grads
 
+# what these do cannot be seen from a sample's own tensors
+OF_MEMORY = frozenset({"as_strided", "as_strided_scatter", "as_strided_copy"})
+
 
 def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """An op without a rule: run it sample by sample, each on its own copy of the parameter, vectorised where possible."""
@@ -23,8 +26,11 @@ def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, sh
             "Register one with `samplewise.rule`, or allow the fallback."
         )
     if op.inplace:
+        return _in_two_steps(recording, op, call)
+    if op.name in OF_MEMORY:
         raise UnsupportedOpError(
-            f"{call.name}: has no rule, and an in-place op cannot be run sample by sample. Use it out of place."
+            f"{call.name}: addresses memory, not axes, so what it does to one sample of {names_of(recording, shared)} is not known. Use "
+            "an op on axes (narrow, unfold, slice_scatter)."
         )
     copies = [_copies(recording, call, x) for x in shared]
     batched = [(x, axis) for x, axis in call.placed()]
@@ -41,15 +47,27 @@ def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, sh
         raise UnsupportedOpError(f"{call.name}: has no rule, and the fallback knows ops with one tensor as result only.")
     try:
         each = torch.func.vmap(one, randomness="different")(*copies, *stacks)
-    except (RuntimeError, ValueError, NotImplementedError):
+    except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError, AssertionError):
         each = _looped(recording, call, one, [*copies, *stacks], shared)
     return _joined(recording, call, plain, each, shared)
+
+
+def _in_two_steps(recording: Recorder, op: Operation, call: Call) -> Tensor:
+    """An in-place op as the op out of place, and its result copied into the target."""
+    plain = getattr(Tensor, op.name, None)
+    if plain is None:
+        raise UnsupportedOpError(
+            f"{call.name}: has no rule, and an in-place op cannot be run sample by sample. Use it out of place."
+        )
+    with recording:
+        written: Tensor = call.tensors[0].copy_(plain(*call.args, **call.kwargs))
+    return written
 
 
 def _looped(recording: Recorder, call: Call, one: Callable[..., Tensor], stacks: list[Tensor], shared: list[Tensor]) -> Tensor:
     try:
         return torch.stack([one(*pieces) for pieces in zip(*stacks, strict=True)])
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         raise MixedSamplesError(
             f"{call.name}: cannot be run sample by sample ({error}), so the gradient of {names_of(recording, shared)} cannot be split "
             "over samples. Move the sample axis to a place that the op keeps, or register a rule with `samplewise.rule`."
@@ -81,14 +99,26 @@ def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:
 def _joined(recording: Recorder, call: Call, plain: Tensor, each: Tensor, shared: list[Tensor]) -> Tensor:
     """The samples' results put together as the op itself would; refused where they are not the op's."""
     differ = [d for d in range(plain.ndim) if plain.shape[d] != each.shape[d + 1]] if plain.ndim == each.ndim - 1 else []
-    if len(differ) == 1:
-        (dim,) = differ
-        out = each.movedim(0, dim).flatten(dim, dim + 1)
-        if out.shape == plain.shape and torch.allclose(out.detach(), plain, rtol=1e-3, atol=1e-4, equal_nan=True):
-            recording.declare(out, Axis(dim, 1, each.shape[dim + 1]))
+    (dim,) = differ if len(differ) == 1 else (0,)
+    for outer in sorted({1, *(axis.outer for _, axis in call.placed())}) if len(differ) == 1 else ():
+        rows = each.shape[dim + 1]
+        if rows % outer:
+            continue
+        # (n, .., outer * inner, ..) -> (.., outer * n * inner, ..)
+        out: Tensor = each.unflatten(dim + 1, (outer, rows // outer)).movedim(0, dim + 1).flatten(dim, dim + 2)
+        if out.shape == plain.shape and _alike(out.detach(), plain):
+            recording.declare(out, Axis(dim, outer, rows // outer))
             return out
     raise MixedSamplesError(
         f"{call.name}: run sample by sample it gives something else than on the batch (shapes {tuple(each.shape)} and "
         f"{tuple(plain.shape)}), so the gradient of {names_of(recording, shared)} cannot be split over samples. Use an op that "
         "treats samples alike, or register a rule with `samplewise.rule`."
     )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    # under autocast the two may have run in different types
+    types = {a.dtype, b.dtype}
+    loose = 30.0 if types & {torch.bfloat16, torch.float16} else 1.0
+    kind = torch.promote_types(a.dtype, b.dtype)
+    return torch.allclose(a.to(kind), b.to(kind), rtol=1e-3 * loose, atol=1e-4 * loose, equal_nan=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .axes import Axis, Call, Lost, swapped, tensors_in
+from .axes import NOBODY, Axis, Call, Lost, swapped, tensors_in
 from .collecting import Source, Use
 from .contractions import CONTRACTIONS, Contraction, contract, rows_first
 from .entering import (
@@ -25,49 +25,94 @@ from .entering import (
 from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Factor
 from .fallback import fall_back
+from .places import place
 from .registry import RULES, Operation, Rule, operation
-from .sample_axis import ALIGNED, follow
-from .taps import Grads, Tap
+from .sample_axis import ALIGNED, FIRST, LOSSES, follow
+from .taps import Grads, Tap, in_backward
 
 
 def mix(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """Run a call in which shared tensors meet batched ones, so that their per-sample gradients are collected."""
     if call.n <= 1:
         return enter_whole(recording, func, op, call, shared)
-    _refuse_lost(recording, call, shared)
+    refusal = _refusal(recording, call, shared)
+    if refusal is not None:
+        return _postponed(recording, func, op, call, shared, refusal)
+    if call.sample() is not None:
+        return enter_whole(recording, func, op, call, shared)
     if op.inplace and any(call.args[0] is x for x in shared):
         spread_target(recording, call)
         shared = [x for x in shared if x is not call.args[0]]
-        if not shared:
-            return func(*call.args, **call.kwargs)
     if call.kwargs.get("out") is not None:
         raise UnsupportedOpError(
             f"{call.name}: `out=` cannot be recorded with {names_of(recording, shared)}. Use the result instead."
         )
+    return _meet(recording, func, op, call, shared) if shared else func(*call.args, **call.kwargs)
+
+
+def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
+    """By what the table says of the op: row by row, by a rule, as a product, or by the fallback."""
     if op.name == "setitem":
         return assign(recording, func, call, shared)
-    if call.name in ALIGNED:
+    if call.name in ALIGNED or _unreduced(call):
         return enter_aligned(recording, func, call, shared)
     rule = RULES.get(op.name)
-    if rule is not None:
+    if rule is not None and not (call.name in FIRST and any(axis.dim for _, axis in call.placed())):
         arguments = _bind(rule, call)
-        if rule.covers({name for name, _, x in _slots(arguments) if any(x is s for s in shared)}):
+        batched = {name for name, _, x in _slots(arguments) if isinstance(call.where(x), Axis)}
+        if rule.covers({name for name, _, x in _slots(arguments) if any(x is s for s in shared)}, batched):
             return _by_rule(recording, func, call, rule, arguments, shared)
     if op.name in CONTRACTIONS:
         return _contract(recording, func, call, shared)
     return fall_back(recording, func, op, call, shared)
 
 
-def _refuse_lost(recording: Recorder, call: Call, shared: list[Tensor]) -> None:
+def _unreduced(call: Call) -> bool:
+    """A loss per element, whose operands align like those of any elementwise op."""
+    return call.name in LOSSES and call.get(LOSSES[call.name], "reduction", 1) == 0
+
+
+def _refusal(recording: Recorder, call: Call, shared: list[Tensor]) -> SampleAxisError | None:
+    """Why a meeting cannot be split over samples, if so."""
     for x in call.tensors:
         where = call.where(x)
         if isinstance(where, Lost):
-            raise SampleAxisError(
+            return SampleAxisError(
                 f"{call.name}: the sample axis of an operand of shape {tuple(x.shape)} was lost in {where.op}, so the gradient of "
                 f"{names_of(recording, shared)} cannot be split over samples. Keep the samples apart until after this op (concatenate "
                 "features instead of samples, or run two views one after the other); if you know where the samples are, say so "
                 "with `rec.batched(tensor, dim)`."
             )
+        if isinstance(where, Axis) and where.ragged and NOBODY in where.ragged and call.sample() is None:
+            return SampleAxisError(
+                f"{call.name}: some rows of an operand of shape {tuple(x.shape)} belong to no sample (padding, or rows of a buffer that "
+                f"nothing was written to), so the gradient of {names_of(recording, shared)} cannot be split over samples. Say whose they "
+                "are with `rec.batched(tensor, dim, owners=...)`."
+            )
+    return None
+
+
+def _postponed(
+    recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor], refusal: SampleAxisError
+) -> Any:
+    """Run an op whose gradient cannot be split over samples; refuse when one arrives, for it may be a logged number only."""
+    args, kwargs = replaced(call, {id(x): x.detach() for x in shared})
+    # a recomputation has to save what the first pass did
+    if op.inplace or call.kwargs.get("out") is not None or in_backward():
+        raise refusal
+    first = [where.refused for x in call.tensors if isinstance(where := call.where(x), Lost) and where.refused]
+    message = first[0] if first else f"{refusal} ({place(recording.model)})"
+    out = func(*args, **kwargs)
+
+    def factors(_: Grads, __: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+        raise SampleAxisError(message)
+
+    outs = [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
+    own = [_no_view(x) for x in outs]
+    tapped = Tap.run(recording, factors, recording.anchor, own, []) if own else []
+    for x in tapped:
+        recording.declare(x, Lost(call.name, refused=message))
+    return swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ Each function is one family of ops: `(call, x, axis, out)` are the call, its ten
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from .axes import Axis, Call, Lost, Where
+from .axes import Axis, Call, Lost, Selection, Where, in_step_now
 
 Single = Callable[[Call, Tensor, Axis, Tensor], Where]
 
@@ -20,18 +21,12 @@ def reshaped(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     if isinstance(call.get(1, "dtype"), torch.dtype):
         return Lost(call.name)
     if axis.ragged is not None:
-        return _ragged_reshape(call, axis, x.shape, out.shape)
-    return through_reshape(axis, call.n, x.shape, out.shape) or Lost(call.name)
-
-
-def _ragged_reshape(call: Call, axis: Axis, old: Size, new: Size) -> Where:
-    """The same by example: reshape the owner of every element, and see on which axis it changes."""
-    owners = axis.owners(call.n).reshape(-1, *[1] * (len(old) - axis.dim - 1)).expand(old).reshape(new)
-    for dim in range(len(new)):
-        lines = owners.movedim(dim, 0).reshape(new[dim], owners.numel() // max(1, new[dim]))
-        if new[dim] > 1 and lines.equal(lines[:, :1].expand_as(lines)):
-            return Axis.of_rows(dim, lines[:, 0], call.n)
-    return Lost(call.name)
+        return Lost(call.name)
+    there = through_reshape(axis, call.n, x.shape, out.shape)
+    if there is None or axis.chosen is None or there.size(call.n) == axis.size(call.n):
+        return replace(there, chosen=axis.chosen) if there else Lost(call.name)
+    # rows in an order that the data decided have no places to be split into
+    return replace(there, chosen=Selection()) if in_step_now() else Lost(call.name)
 
 
 def through_reshape(axis: Axis, n: int, old: Size, new: Size) -> Axis | None:
@@ -54,7 +49,7 @@ def dim_of(x: Tensor, dim: int, extra: int = 0) -> int:
 def _dims(x: Tensor, dims: Any) -> set[int]:
     if dims is None or (isinstance(dims, tuple | list) and not dims):
         return set(range(x.ndim))
-    listed = dims if isinstance(dims, tuple | list) else [dims]
+    listed = dims if isinstance(dims, tuple | list | range) else [dims]
     return {dim_of(x, int(d)) for d in listed}
 
 
@@ -118,8 +113,8 @@ def tiled(_: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     dim = axis.dim + out.ndim - x.ndim
     times = out.shape[dim] // x.shape[axis.dim] if x.shape[axis.dim] else 1
     if axis.ragged is not None:
-        return Axis(dim, ragged=axis.ragged * times)
-    return Axis(dim, axis.outer * times, axis.inner)
+        return replace(axis, dim=dim, ragged=axis.ragged * times)
+    return replace(axis, dim=dim, outer=axis.outer * times)
 
 
 def repeated_each(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
@@ -129,14 +124,21 @@ def repeated_each(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
     if dim_of(x, dim) != axis.dim:
         return axis
     whole = isinstance(times, int) and axis.ragged is None
-    return Axis(axis.dim, axis.outer, axis.inner * times) if whole else Lost(call.name)
+    return replace(axis, inner=axis.inner * times) if whole else Lost(call.name)
 
 
-def reduced(position: int = 1) -> Single:
-    """A reduction over the dims at argument `position`."""
+def quantiles(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
+    """A reduction that puts several results of a row on a new first axis."""
+    several = isinstance(call.get(1, "q"), Tensor) and call.get(1, "q").ndim == 1
+    where = reduced(2)(call, x, axis, out[0] if several and len(out) else out)
+    return where.at(where.dim + several) if isinstance(where, Axis) else where
+
+
+def reduced(position: int = 1, default: int | None = None) -> Single:
+    """A reduction over the dims at argument `position`, by default over all."""
 
     def move(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
-        dims = call.get(position, "dim", call.kwargs.get("other"))
+        dims = call.get(position, "dim", call.kwargs.get("other", default))
         if isinstance(dims, Tensor):
             # torch.max(x, other) and its like are elementwise
             return axis.at(axis.dim + out.ndim - x.ndim)
@@ -164,6 +166,18 @@ def removed(position: int = 1, default: int = 0) -> Single:
     def move(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
         dim = dim_of(x, call.get(position, "dim", default))
         return Lost(call.name) if dim == axis.dim else without(axis, [dim])
+
+    return move
+
+
+def all_but(position: int, default: tuple[int, ...] | None, name: str = "dim") -> Single:
+    """An op along several dims, by default those at `default`, or all."""
+
+    def move(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
+        dims, sizes = call.get(position, name), call.get(1, "s")
+        if dims is None and sizes is not None:
+            dims = range(-len(sizes), 0)
+        return Lost(call.name) if axis.dim in _dims(x, default if dims is None else dims) else axis
 
     return move
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rules as _rules  # noqa: F401  (fills the tables)
-from .axes import Axis
+from .axes import Axis, Lost
 from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
 from .factors import Dense, Factor, wide
@@ -47,13 +47,21 @@ class Record:
         self._recording.declare(tensor, DECLARED_CONSTANT)
         return tensor
 
-    def batched(self, tensor: Tensor, dim: int = 0) -> Tensor:
+    def batched(self, tensor: Tensor, dim: int = 0, *, owners: Tensor | None = None) -> Tensor:
         """Declare that axis `dim` of a tensor carries the samples; returns it.
 
+        Args:
+            tensor: Made outside the model, or by a function that the recording cannot see into.
+            dim: The axis.
+            owners: The sample of each row, `(shape[dim],)`, for samples with different numbers of rows: unpadded sequences, graphs.
+
         Raises:
-            ValueError: If that axis does not have the batch size.
+            ValueError: If that axis does not have the batch size, or `owners` names no sample for each of its rows.
         """
         n, dim = self._recording.n, dim % tensor.ndim
+        if owners is not None:
+            self._recording.declare(tensor, Axis.of_rows(dim, _checked_owners(owners, tensor, dim, n), n or 0))
+            return tensor
         if n is not None and tensor.shape[dim] != n:
             raise ValueError(f"batched: axis {dim} of a tensor of shape {tuple(tensor.shape)} has not the batch size {n}")
         self._recording.declare(tensor, Axis(dim))
@@ -93,6 +101,9 @@ class Record:
                 "Use reduction='none' and sum or average over everything but the samples; for a reduced loss use "
                 "`loss.backward()` and `loss_reduction`."
             )
+        self._recording.refuse_new_parameters()
+        if isinstance(where, Lost) and where.refused:
+            raise SampleAxisError(where.refused)
         if where != Axis(0) and n > 1:
             found = where or "they do not depend on the samples"
             raise SampleAxisError(
@@ -215,7 +226,7 @@ class Record:
         """The found gradients in the parameters' own types, zeros for the others, in the model's order."""
         parameters = self._recording.parameters
         return {
-            name: found[name].to(p.dtype) if name in found else p.new_zeros(*leading, *p.shape)
+            name: found[name].to(p.dtype) if name in found else p.new_zeros((*leading, *p.shape))
             for name, p in parameters.items()
         }
 
@@ -225,6 +236,21 @@ class Record:
             if expected is None or expected.shape != tensor.shape:
                 wanted = "no such trainable parameter" if expected is None else f"expected shape {tuple(expected.shape)}"
                 raise ValueError(f"{call}: '{name}' of shape {tuple(tensor.shape)}: {wanted}")
+
+
+def _checked_owners(owners: Tensor, tensor: Tensor, dim: int, n: int | None) -> Tensor:
+    if n is None:
+        raise ValueError("batched: owners need to know the number of samples. Give `batch_size` to `record`.")
+    if (
+        owners.shape != tensor.shape[dim : dim + 1]
+        or owners.dtype != torch.long
+        or (owners.numel() and not 0 <= owners.min() <= owners.max() < n)
+    ):
+        raise ValueError(
+            f"batched: owners of the rows on axis {dim} of a tensor of shape {tuple(tensor.shape)} must be {tensor.shape[dim]} int64 "
+            f"numbers below the batch size {n}, got {owners.dtype} of shape {tuple(owners.shape)}"
+        )
+    return owners.cpu()
 
 
 def record(
@@ -265,13 +291,17 @@ def record(
     )
 
 
-def per_sample_grads(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> dict[str, Tensor]:
+def per_sample_grads(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, batch_size: int | None = None, batch_dim: int = 0
+) -> dict[str, Tensor]:
     """The gradient of every sample's loss.
 
     Args:
         model: Any module, unmodified.
         loss_fn: `loss_fn(model, batch) -> (n,)` losses.
         batch: Handed to `loss_fn` as it is.
+        batch_size: n; by default the common size of the model's tensor inputs on `batch_dim`.
+        batch_dim: The axis of the model's inputs that carries the samples.
 
     Returns:
         `{name: (n, *shape)}`.
@@ -285,11 +315,13 @@ def per_sample_grads(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> d
         torch.Size([4, 2])
     """
     grads: dict[str, Tensor] = {}
-    rec = _stream(model, loss_fn, batch, lambda name, factor: grads.__setitem__(name, factor.to_dense()))
+    rec = _stream(model, loss_fn, batch, lambda name, factor: grads.__setitem__(name, factor.to_dense()), batch_size, batch_dim)
     return rec._filled(grads, rec._n())  # noqa: SLF001
 
 
-def per_sample_norms(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:
+def per_sample_norms(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, batch_size: int | None = None, batch_dim: int = 0
+) -> Tensor:
     """The L2 norm of the gradient of every sample's loss, over all parameters, `(n,)`.
 
     Each parameter's factor is dropped as soon as its squared norm is known. Arguments and errors as `per_sample_grads`.
@@ -300,12 +332,20 @@ def per_sample_norms(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> T
         torch.Size([4])
     """
     squares: dict[str, Tensor] = {}
-    rec = _stream(model, loss_fn, batch, lambda name, factor: squares.__setitem__(name, factor.sq_norms()))
+    rec = _stream(
+        model, loss_fn, batch, lambda name, factor: squares.__setitem__(name, factor.sq_norms()), batch_size, batch_dim
+    )
     return total_norms(squares, rec._n(), rec._like())  # noqa: SLF001
 
 
 def clipped_grads(
-    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, max_grad_norm: float
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Batch,
+    *,
+    max_grad_norm: float,
+    batch_size: int | None = None,
+    batch_dim: int = 0,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The sum of per-sample gradients clipped to `max_grad_norm`, and their norms before clipping, in one backward.
 
@@ -320,7 +360,7 @@ def clipped_grads(
         >>> sums, norms = clipped_grads(model, lambda m, x: m(x).square().sum(1), x, max_grad_norm=1.0)
     """
     clipping_weights(torch.zeros(0), max_grad_norm)
-    with record(model) as rec:
+    with record(model, batch_size=batch_size, batch_dim=batch_dim) as rec:
         rec.backward(loss_fn(model, batch))
     norms = rec.norms()
     return rec.weighted_sum(clipping_weights(norms, max_grad_norm)), norms
@@ -338,9 +378,16 @@ def total_norms(squares: Mapping[str, Tensor], n: int, like: Tensor) -> Tensor:
     return _total(list(squares.values()), Dense(like.new_zeros(n, 1)).sq_norms()).sqrt()
 
 
-def _stream(model: nn.Module, loss_fn: LossFunction, batch: Batch, consume: Callable[[str, Factor], None]) -> Record:
+def _stream(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Batch,
+    consume: Callable[[str, Factor], None],
+    batch_size: int | None,
+    batch_dim: int,
+) -> Record:
     """Run a batch, handing every parameter's factor to `consume` at its last use and keeping nothing."""
-    rec = Record(Recording(model, consume=consume))
+    rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume))
     with rec:
         rec.backward(loss_fn(model, batch))
     with unrecorded():

@@ -6,7 +6,7 @@ gradients are in `rules`.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -16,16 +16,16 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .alignment import written
 from .axes import Axis, Call, Lost, Where, tensors_in
-from .collecting import Collector, Shared
+from .collecting import Collector, Shared, leaves_of
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 from .factors import Factor
 from .mixing import mix
 from .notes import Notes
+from .ownership import of_base, written
 from .registry import EXPANSIONS, Operation, operation
 from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
-from .taps import Factors, Grads
+from .taps import Factors, Grads, in_backward
 
 CONSTANT = "constant"
 # said by the user: stays constant even as an argument of the model
@@ -58,13 +58,17 @@ class Recording(TorchFunctionMode):
         self.collector = Collector(self.parameters, consume)
         self.anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
+        self._leaf_nodes = {
+            name: get_gradient_edge(p).node for name, p in self.parameters.items() if not nn.parameter.is_lazy(p)
+        }
         # what a tensor is, and when that was noted
         self._kinds: Notes[tuple[Kind, int]] = Notes()
         # memory in which an in-place op changed what a tensor is, and when: other tensors noted before are stale
         self._changed: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self._clock = 0
         self._handles: list[Any] = []
-        self._sources: list[Callable[..., Any]] = []
+        # with the backward they run in: a checkpoint starts one inside another
+        self._sources: list[tuple[Callable[..., Any], int]] = []
         self._open = False
         # inside `backward(losses)`, where no reduction has to be undone
         self._from_losses = False
@@ -78,13 +82,14 @@ class Recording(TorchFunctionMode):
                 "record: another recording is active here, and recordings do not nest. Close the outer one first."
             )
         _refuse_compiled(self.model)
+        _refuse_lazy(self.model)
         for tensor in _held_tensors(self.model):
             self.declare(tensor, CONSTANT)
         for name, parameter in self.parameters.items():
             _refuse_hooks(name, parameter)
             self.declare(parameter, Shared(frozenset({name})))
             self._handles.append(parameter.register_hook(self._guard(name, parameter)))
-        self._handles.append(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True, prepend=True))
+        self._handles.append(self.model.register_forward_pre_hook(_Entrance(self._enter_model), with_kwargs=True, prepend=True))
         self._open = True
 
     def close(self) -> None:
@@ -100,10 +105,10 @@ class Recording(TorchFunctionMode):
         """Say what a tensor is, whatever its shape suggests."""
         self._kinds[tensor] = (kind, self._clock)
 
-    def overwrite(self, tensor: Tensor, kind: Kind, *, mixed: bool = False) -> None:
+    def overwrite(self, tensor: Tensor, kind: Kind, *, mixed: bool = False, base: tuple[Tensor, object] | None = None) -> None:
         """Say what a tensor is after an in-place op; if that is new, whatever else shares its memory is no longer known.
 
-        `mixed`: samples were brought together in it, whatever it was before.
+        `mixed`: samples were brought together in it, whatever it was before; `base`: what it is a view of, and was before.
         """
         note = self._kinds.get(tensor)
         new = mixed or kind != (note[0] if note else CONSTANT)
@@ -111,6 +116,9 @@ class Recording(TorchFunctionMode):
             self._clock += 1
             storage = tensor.untyped_storage()
             self._changed[storage._cdata] = (storage, self._clock)  # noqa: SLF001
+            whole, held = base or (tensor, None)
+            if isinstance(kind, Axis) and (isinstance(held, Axis) or held == CONSTANT):
+                self.declare(whole, of_base(whole, held if isinstance(held, Axis) else None, tensor, kind, self.n or 0))
         self.declare(tensor, kind)
 
     def _stale(self, tensor: Tensor, noted: int) -> bool:
@@ -129,7 +137,19 @@ class Recording(TorchFunctionMode):
         kind, noted = self._kinds.get(tensor) or (self._first_seen(tensor), 0)
         if self._stale(tensor, noted):
             return Lost("an in-place op on a tensor that shares its memory")
+        if kind in {CONSTANT, DECLARED_CONSTANT} and tensor.requires_grad and tensor.grad_fn is not None:
+            return self._of_history(tensor)
         return CONSTANT if isinstance(kind, Shared) and not tensor.requires_grad else kind
+
+    def _of_history(self, tensor: Tensor) -> Kind:
+        """What a tensor is that depends on no sample but has a history: a function of parameters with a backward of its own."""
+        leaves = leaves_of(tensor)
+        if self._anchor_node in leaves:
+            return Lost("a function that the recording could not see into")
+        names = frozenset(name for name, node in self._leaf_nodes.items() if node in leaves)
+        kind: Kind = Shared(names, isometric=False) if names else CONSTANT
+        self.declare(tensor, kind)
+        return kind
 
     def _first_seen(self, tensor: Tensor) -> Kind:
         """A tensor made outside: batched if its declared axis has the batch size, else constant."""
@@ -145,7 +165,10 @@ class Recording(TorchFunctionMode):
 
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The samples enter: the tensors passed to the model's forward."""
-        if not self.collector.empty and not _in_backward():
+        if self not in _modes():
+            # the model runs in another thread
+            return
+        if not self.collector.empty and not in_backward():
             raise MixedSamplesError(
                 f"{type(self.model).__name__}: this recording already holds the gradients of a batch, and rows of two batches "
                 "are never added. Open a new recording for each batch, or run all forwards before the backward."
@@ -201,11 +224,14 @@ class Recording(TorchFunctionMode):
         kwargs, op = kwargs or {}, operation(func)
         if op.plain_property:
             return func(*args, **kwargs)
+        if _in_transform():
+            self._refuse_transform(op, args, kwargs)
+            return func(*args, **kwargs)
         # a function that comes back to itself checks for overrides in a way of its own: it runs as one op
-        plain = op.inplace or func in self._sources
+        plain = op.inplace or (func, torch._C._current_graph_task_id()) in self._sources  # noqa: SLF001
         inner = None if plain else EXPANSIONS.get(op.name, op.source)
         if inner is not None:
-            if func is torch.autograd.backward and not _in_backward():
+            if func is torch.autograd.backward and not in_backward():
                 self._check_losses(args[0] if args else kwargs["tensors"])
             with self, self._inside(func, inner):
                 out = inner(*args, **kwargs)
@@ -213,10 +239,21 @@ class Recording(TorchFunctionMode):
                 return out
         return self._run(func, op, args, kwargs)
 
+    def _refuse_transform(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        touched = [
+            kind for x in tensors_in((args, kwargs)) if (kind := self.kind(_unwrapped(x))) not in {CONSTANT, DECLARED_CONSTANT}
+        ]
+        if touched and (self.n or 0) > 1:
+            raise UnsupportedOpError(
+                f"{op.name}: runs inside a transform of torch.func (vmap, grad, ...) on samples or parameters, where the recording cannot "
+                "follow the samples. Write the function for the whole batch."
+            )
+
     @contextmanager
     def _inside(self, *functions: Callable[..., Any]) -> Iterator[None]:
         """While a function is recorded through its source."""
-        self._sources += functions
+        task = torch._C._current_graph_task_id()  # noqa: SLF001
+        self._sources += [(function, task) for function in functions]
         try:
             yield
         finally:
@@ -225,28 +262,40 @@ class Recording(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
         target, told = (args[0] if op.inplace and args and isinstance(args[0], Tensor) else None), args
+        # what a target is before the op
+        held = None if target is None else self.where(target)
+        viewed = None if target is None else target._base  # noqa: SLF001
+        base = None if viewed is None else (viewed, self.kind(viewed))
         if target is not None and op.name in TURNS:
             # what the op does is told from the shape before
             before = target.detach()
             self.declare(before, self.kind(target))
             told = (before, *args[1:])
-        call = Call(op.name, told, kwargs, self.n or 0, self.where)
+        call = Call(op.name, told, kwargs, self.n or 0, lambda x: held if x is target else self.where(x), base)
         refuse_mixing(call)
         kinds = [self.kind(x) for x in call.tensors]
         shared = [x for x, kind in zip(call.tensors, kinds, strict=True) if isinstance(kind, Shared)]
         meeting = bool(shared) and any(isinstance(kind, Axis | Lost) for kind in kinds)
+        outside = self.n is None and any(self._kinds.get(x) is None and not isinstance(x, nn.Parameter) for x in call.tensors)
+        if outside and shared:
+            raise SampleAxisError(
+                f"{op.name}: a part of the model with {' and '.join(sorted(self._names(shared)))} runs before the model itself, so the "
+                "number of samples is not known yet. Give `batch_size` to `record`."
+            )
         if meeting and torch.is_grad_enabled():
             out = mix(self, func, op, call, shared)
         else:
             out = func(*args, **kwargs)
             if meeting:
                 self.collector.expect_hidden(self._names(shared))
-        self._mark(op, call, out, shared, target)
+        if not outside:
+            self._mark(op, call, out, shared, target)
         return out
 
     def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
         """Note what the results, or the targets of an in-place op, are now."""
         written_to = op.inplace or call.kwargs.get("out") is not None
+        call.results = list(tensors_in(out))
         if target is not None:
             results = [target]
         elif written_to:
@@ -259,7 +308,7 @@ class Recording(TorchFunctionMode):
             if kind is None:
                 kind = self._derived(op, shared) if tensor.requires_grad and shared else CONSTANT
             if written_to and op.name not in TURNS:
-                self.overwrite(tensor, kind, mixed=isinstance(kind, Lost) and len(call.tensors) > 1)
+                self.overwrite(tensor, kind, mixed=isinstance(kind, Lost) and len(call.tensors) > 1, base=call.base)
             else:
                 self.declare(tensor, kind)
 
@@ -309,9 +358,21 @@ class Recording(TorchFunctionMode):
             for source, uses, factor in factors(grads, saved):
                 self.collector.add(source, factor, uses)
 
+    def refuse_new_parameters(self) -> None:
+        """Refuse what became trainable after the recording began, whose gradient would be missing."""
+        new = [name for name, p in self.model.named_parameters() if p.requires_grad and self.parameters.get(name) is not p]
+        if new:
+            raise UnsupportedOpError(
+                f"backward: {', '.join(new)} was unfrozen, added or replaced inside the recording, which did not see its uses before. Do "
+                "so before `record`."
+            )
+
     def _check_losses(self, tensors: Tensor | Sequence[Tensor]) -> None:
+        self.refuse_new_parameters()
         for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
             where = self.where(loss)
+            if isinstance(where, Lost) and where.refused:
+                raise SampleAxisError(where.refused)
             if isinstance(where, Lost) and not where.linear:
                 raise MixedSamplesError(
                     f"backward: the loss went through {where.op} and is no longer a plain sum or mean over samples, so it has no "
@@ -329,8 +390,44 @@ class Recording(TorchFunctionMode):
                 )
 
 
+class _Entrance:
+    """The hook that a recording leaves on a model while it is open; a copy of the model gets one that does nothing."""
+
+    def __init__(self, enter: Callable[..., None]) -> None:
+        self._enter = enter
+
+    def __call__(self, *args: Any) -> None:
+        self._enter(*args)
+
+    def __deepcopy__(self, _: object) -> Callable[..., None]:
+        return _pass
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _passing, ()
+
+
+def _pass(*_: object) -> None:
+    """What is left of the hook in a copy."""
+
+
+def _passing() -> Callable[..., None]:
+    return _pass
+
+
 def _modes() -> list[Any]:
     return torch.overrides._get_current_function_mode_stack()  # type: ignore[no-any-return]  # noqa: SLF001
+
+
+def _in_transform() -> bool:
+    # the tracer of torch.compile functionalizes, and falls back to plain frames
+    top = torch._C._functorch.peek_interpreter_stack()  # noqa: SLF001
+    return top is not None and top.key() != torch._C._functorch.TransformType.Functionalize  # noqa: SLF001
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # noqa: SLF001
+        x = torch._C._functorch.get_unwrapped(x)  # noqa: SLF001
+    return x
 
 
 def _accumulates(node: Any) -> bool:
@@ -345,7 +442,10 @@ def _accumulates(node: Any) -> bool:
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Our own arithmetic: no recording sees it, and no graph is built."""
-    with torch._C.DisableTorchFunction(), torch.no_grad():  # noqa: SLF001
+    with torch._C.DisableTorchFunction(), torch.no_grad(), ExitStack() as stack:  # noqa: SLF001
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -358,15 +458,28 @@ def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Buffers, and plain tensor attributes of modules: masks, tables, position ids."""
     yield from model.buffers()
     for module in model.modules():
-        yield from (x for x in vars(module).values() if isinstance(x, Tensor))
+        plain = {key: value for key, value in vars(module).items() if key not in {"_parameters", "_modules", "_buffers"}}
+        yield from tensors_in(plain)
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    compiled = [name or "the model" for name, module in model.named_modules() if type(module).__name__ == "OptimizedModule"]
+    compiled = [name or "the model" for name, module in model.named_modules() if _is_compiled(module)]
     if compiled:
         raise UnsupportedOpError(
             f"record: {', '.join(compiled)} is compiled by torch.compile, and the recording cannot see into it. Record the module that "
-            "was compiled (its `_orig_mod`), which shares its parameters."
+            "was compiled (its `_orig_mod`), which shares its parameters; after `module.compile()`, a copy made before it."
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise UnsupportedOpError(
+            f"record: {', '.join(lazy)} of a lazy module has no shape yet. Run the model once before the recording."
         )
 
 
@@ -391,7 +504,3 @@ def _common_size(model: nn.Module, inputs: list[Tensor], packed: list[PackedSequ
             f"{type(model).__name__}: the batch size is not clear from the inputs: {found} on axis {dim}. Give `batch_size`."
         )
     return sizes[0]
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # noqa: SLF001

@@ -26,9 +26,9 @@ class Rule:
             return {"out", *self.arguments} if _uses_out(self.function) else set(self.arguments)
         return {name for argument in shared for name in self.saves[argument]}
 
-    def covers(self, shared: set[str]) -> bool:
-        """Whether the rule is known to give the gradients of all `shared` arguments."""
-        return self.saves is None or shared <= set(self.saves)
+    def covers(self, shared: set[str], batched: set[str]) -> bool:
+        """Whether the rule is known to give the gradients of all `shared` arguments, with the samples in the `batched` ones."""
+        return self.saves is None or (shared <= set(self.saves) and not batched & set(self.saves))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def through_source(function: types.FunctionType) -> Callable[..., Any]:
     scope = {**function.__globals__, **dict.fromkeys(checks, _never)}
     for name in function.__code__.co_names:
         # a private function next to it may hold the check, as for torch.meshgrid
-        if name.startswith("_") and isinstance(scope.get(name), types.FunctionType):
+        if name.startswith("_") and isinstance(scope.get(name), types.FunctionType) and scope[name] is not function:
             scope[name] = through_source(scope[name])
     # a wrapper such as F.max_pool2d keeps the functions it chooses from in its closure
     cells = function.__closure__ or ()

@@ -4,7 +4,9 @@ An op that is in no table loses the axis; losing is always safe, because a param
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .alignment import (
@@ -12,16 +14,20 @@ from .alignment import (
     batch_dims,
     broadcast,
     broadcast_along,
-    chosen,
     class_loss,
     concatenated,
     contraction,
+    convolved,
+    ctc,
     distances,
     elementwise_loss,
+    first_of_all,
     indexed,
     looked_up,
+    margin_loss,
     selected,
     similarity,
+    solved,
     stacked,
 )
 from .axes import Axis, Call, Lost, Where, whole
@@ -30,6 +36,7 @@ from .errors import MixedSamplesError
 from .movement import (
     Single,
     after_channels,
+    all_but,
     along,
     before_last,
     diagonal,
@@ -41,6 +48,7 @@ from .movement import (
     normalized_dims,
     padded,
     permuted,
+    quantiles,
     reduced,
     removed,
     repeated_each,
@@ -52,25 +60,50 @@ from .movement import (
     turned,
     unsqueezed,
 )
+from .ownership import along_dim, gathered, masked_put, moved, occurring, picked, put, reshaped_alike, scattered, scattered_part
 from .registry import RULES
 
 
 def follow(call: Call, out: Tensor) -> Where | None:
     """Where the sample axis of one result of `call` is; None where no argument carries it."""
     lost = [where for x in call.tensors if isinstance(where := call.where(x), Lost)]
-    if lost and not (call.name in INDEXING and isinstance(call.where(call.args[0]), Axis)):
-        return _still_lost(call, lost)
+    if lost and not _lost_places_only(call):
+        return _entry(call, lost, out) if call.name in ENTRIES else _still_lost(call, lost, out)
     if not call.placed():
         return None
     if call.n <= 1:
         return whole(out)
-    moved = _move(call, out)
-    # a constant that broadcasts over the rows, and the like
-    if isinstance(moved, Lost) and moved.linear and call.name != "sum":
+    sample = None if lost else call.sample()
+    # rows that are moved to a place of their own leave the others to nobody
+    if sample is not None and call.name not in {*EXAMPLES, *WRITES} and not any(axis.chosen for _, axis in call.placed()):
+        return Axis.of_sample(sample, out)
+    where = _move(call, out)
+    if isinstance(where, Lost) and call.name in EXAMPLES and not lost:
+        where = EXAMPLES[call.name](call, out)
+    if isinstance(where, Lost) and sample is not None:
+        return Axis.of_sample(sample, out)
+    if isinstance(where, Lost) and where.linear and call.name != "sum":
         # a mean over picked or packed rows is none over samples
-        return Lost(moved.op, moved.linear, moved.uniform and all(axis.ragged is None for _, axis in call.placed()))
-    fits = isinstance(moved, Lost) or out.shape[moved.dim] == moved.size(call.n)
-    return moved if fits else Lost(call.name)
+        return Lost(where.op, where.linear, where.uniform and all(axis.ragged is None for _, axis in call.placed()))
+    # a constant that broadcasts over the rows, and the like
+    fits = isinstance(where, Lost) or out.shape[where.dim : where.dim + 1] == (where.size(call.n),)
+    return where if fits else Lost(call.name)
+
+
+def _lost_places_only(call: Call) -> bool:
+    """Whether an op picks or writes rows of known samples, at places that the whole batch decided."""
+    if call.name in INDEXING:
+        return isinstance(call.where(call.args[0]), Axis)
+    return call.name in WRITES and not any(
+        x.is_floating_point() or x.dtype == torch.bool for x in call.tensors if isinstance(call.where(x), Lost)
+    )
+
+
+def _entry(call: Call, lost: list[Lost], out: Tensor) -> Where | None:
+    """One entry of a list of what occurs in the batch is like a Python number: constant."""
+    if not all(item.listed for item in lost):
+        return _still_lost(call, lost, out)
+    return None if out.numel() == 1 else Lost(lost[0].op, listed=True)
 
 
 def refuse_mixing(call: Call) -> None:
@@ -91,17 +124,30 @@ def _move(call: Call, out: Tensor) -> Where:
         return SEVERAL[name](call, out)
     x, axis = call.placed()[0]
     if name in SINGLE and x is call.tensors[0] and len(call.placed()) == 1:
-        return SINGLE[name](call, x, axis, out)
+        where = SINGLE[name](call, x, axis, out)
+        return replace(where, keys=_sort_keys(call, x, out)) if isinstance(where, Lost) else where
     if name not in {*SINGLE, *SEVERAL} and name in RULES and all(axis.dim == 0 for _, axis in call.placed()):
         # a rule of a third party, whose op has its samples on axis 0
         return axis
-    return Lost(call.name)
+    return Lost(call.name, listed=name in LISTS, keys=_sort_keys(call, x, out))
 
 
-def _still_lost(call: Call, lost: list[Lost]) -> Lost:
+def _sort_keys(call: Call, x: Tensor, out: Tensor) -> tuple[int, ...] | None:
+    """For the order of rows by an integer of each (its expert): the integers in that order."""
+    sorts = call.name in {"sort", "argsort"} and x.ndim == 1 and not x.is_floating_point() and x.dtype != torch.bool
+    return (
+        tuple(x[out].tolist())
+        if sorts and (call.name == "argsort" or (len(call.results) == 2 and call.results[1] is out))
+        else None
+    )
+
+
+def _still_lost(call: Call, lost: list[Lost], out: Tensor) -> Lost:
     """What arithmetic on a total leaves: sums and scalings stay linear in the samples, anything else does not."""
     carrying = [x for x in call.tensors if x.requires_grad]
     wheres = [call.where(x) for x in carrying]
+    if call.name in LISTS or (call.name == "where" and len(call.args) + len(call.kwargs) == 1):
+        return Lost(lost[0].op, listed=True)
     uniform = all(item.uniform for item in lost)
     linear = all(isinstance(where, Lost) and where.linear for where in wheres) and call.name in LINEAR
     if call.name in {"mul", "multiply"}:
@@ -110,7 +156,14 @@ def _still_lost(call: Call, lost: list[Lost]) -> Lost:
         linear = linear and not any(call.get(1, "other") is x for x in carrying)
         # the sum of losses by the sum of a mask: how much a sample weighs depends on the others
         uniform = uniform and not isinstance(call.get(1, "other"), Tensor)
-    return Lost(lost[0].op, linear, uniform)
+    op = call.name if call.name in {*WRITES, "gather", "take_along_dim", "masked_scatter"} else lost[0].op
+    refused = next((item.refused for item in lost if item.refused), None)
+    return Lost(op, linear, uniform, refused=refused, keys=_kept_keys(call, lost[0], out))
+
+
+def _kept_keys(call: Call, lost: Lost, out: Tensor) -> tuple[int, ...] | None:
+    """Numbers of rows in the order of a sort stay in that order under arithmetic, and when looked up in a constant."""
+    return lost.keys if lost.keys is not None and call.name in KEEPS_ROWS and out.shape == (len(lost.keys),) else None
 
 
 # --- ops that mix samples -----------------------------------------------------------------------------------------------------
@@ -137,6 +190,7 @@ MIXING: dict[str, Callable[[Call], None]] = {"batch_norm": _batch_norm, "embeddi
 # --- the tables ---------------------------------------------------------------------------------------------------------------
 
 ELEMENTWISE = """
+mvlgamma frexp
 abs absolute acos acosh add addcdiv addcmul airy_ai alias alpha_dropout and angle arccos arccosh arcsin arcsinh arctan arctan2
 arctanh asin asinh atan atan2 atanh bernoulli bessel_j0 bessel_j1 bessel_y0 bessel_y1 bfloat16 bitwise_and bitwise_left_shift
 bitwise_not bitwise_or bitwise_right_shift bitwise_xor bool bucketize byte cdouble ceil celu cfloat chalf char clamp clamp_max
@@ -158,29 +212,50 @@ LINEAR = frozenset(
     stack cat concat clone contiguous to float double half bfloat16 type expand view_as alias getitem data copy""".split()
 )
 
+# Elementwise losses, with the position of their reduction code.
+LOSSES = {
+    **dict.fromkeys(["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"], 2),
+    "binary_cross_entropy": 3,
+    "binary_cross_entropy_with_logits": 4,
+    "poisson_nll_loss": 5,
+}
+
 SEVERAL: dict[str, Several] = {
     **dict.fromkeys(ELEMENTWISE, broadcast),
     **dict.fromkeys(["cat", "concat", "concatenate"], concatenated),
     "stack": stacked,
-    "where": chosen,
+    "where": lambda call, out: broadcast(call, out) if len(call.args) + len(call.kwargs) > 1 else occurring(call, out),
     "embedding": looked_up,
+    **dict.fromkeys(["grid_sampler", "grid_sampler_2d", "grid_sampler_3d"], first_of_all),
+    **{f"conv{d}d": convolved(d, groups=6) for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": convolved(d, groups=6) for d in (1, 2, 3)},
+    "ctc_loss": ctc,
+    **dict.fromkeys(["max_unpool2d", "max_unpool3d"], first_of_all),
+    **dict.fromkeys(["linalg_solve", "linalg_solve_ex"], solved),
+    **dict.fromkeys(["linalg_solve_triangular", "triangular_solve", "cholesky_solve"], batch_dims),
+    **dict.fromkeys(["multi_margin_loss", "multilabel_margin_loss"], margin_loss),
+    "triplet_margin_loss": elementwise_loss(7, gone=-1),
+    "masked_select": picked,
     "getitem": indexed,
     "index_select": selected,
     "scaled_dot_product_attention": batch_dims,
     "cdist": distances,
-    **dict.fromkeys(["gather", "scatter", "scatter_add", "scatter_reduce", "index_fill"], broadcast_along(1)),
-    "take_along_dim": broadcast_along(2),
-    "masked_scatter": lambda call, _: Lost(call.name),
+    "index_fill": broadcast_along(1),
+    **dict.fromkeys(["gather", "take_along_dim"], gathered),
+    **dict.fromkeys(["scatter", "scatter_add", "scatter_reduce"], scattered),
+    **dict.fromkeys(["index_add", "index_copy", "index_reduce"], along_dim),
+    "index_put": put,
+    "masked_scatter": masked_put,
+    "nonzero": occurring,
     # without `dim`, torch.cross takes the first axis of size 3, whichever that is
     "cross": broadcast_along(2),
     "linalg_cross": broadcast_along(2, -1),
     **dict.fromkeys(["cosine_similarity", "pairwise_distance"], similarity),
     **dict.fromkeys(["cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d"], class_loss),
-    **dict.fromkeys(["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "kl_div"], elementwise_loss(2)),
-    **dict.fromkeys(["binary_cross_entropy", "hinge_embedding_loss"], elementwise_loss(3)),
-    **dict.fromkeys(["binary_cross_entropy_with_logits", "margin_ranking_loss"], elementwise_loss(4)),
+    **{name: elementwise_loss(place) for name, place in LOSSES.items()},
+    "hinge_embedding_loss": elementwise_loss(3),
+    "margin_ranking_loss": elementwise_loss(4),
     "cosine_embedding_loss": elementwise_loss(4, gone=1),
-    "poisson_nll_loss": elementwise_loss(5),
 }
 
 SINGLE: dict[str, Single] = {
@@ -200,10 +275,13 @@ SINGLE: dict[str, Single] = {
     "repeat_interleave": repeated_each,
     **dict.fromkeys(
         """sum mean prod amax amin any all argmax argmin logsumexp nansum nanmean var std var_mean std_mean count_nonzero median
-        nanmedian mode max min aminmax""".split(),
+        nanmedian max min aminmax""".split(),
         reduced(),
     ),
-    **dict.fromkeys(["linalg_vector_norm", "norm", "kthvalue"], reduced(2)),
+    **dict.fromkeys(["linalg_vector_norm", "norm"], reduced(2)),
+    "kthvalue": reduced(2, -1),
+    "mode": reduced(1, -1),
+    **dict.fromkeys(["quantile", "nanquantile"], quantiles),
     **dict.fromkeys(
         ["softmax", "log_softmax", "safe_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"], along()
     ),
@@ -214,6 +292,9 @@ SINGLE: dict[str, Single] = {
     **dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], along(2, 0)),
     **dict.fromkeys(["narrow", "unfold"], along(1)),
     **dict.fromkeys("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft".split(), along(2, -1)),
+    **dict.fromkeys("fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn".split(), all_but(2, None)),
+    **dict.fromkeys("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2".split(), all_but(2, (-2, -1))),
+    **dict.fromkeys(["fft_fftshift", "fft_ifftshift"], along(1)),
     **dict.fromkeys(["select"], removed()),
     "unbind": removed(1, 0),
     "flip": flipped,
@@ -222,10 +303,13 @@ SINGLE: dict[str, Single] = {
         ["tril", "triu", "matrix_exp", "linalg_matrix_exp", "inverse", "linalg_inv", "det", "logdet"], before_last(2)
     ),
     **dict.fromkeys(
-        ["linalg_det", "linalg_slogdet", "cholesky", "linalg_cholesky", "linalg_qr", "im2col", "col2im"], before_last(2)
+        """linalg_det linalg_slogdet cholesky linalg_cholesky linalg_qr im2col col2im linalg_svd linalg_svdvals svd linalg_eigh
+        linalg_eigvalsh linalg_eig linalg_eigvals linalg_pinv pinverse linalg_inv_ex linalg_cholesky_ex cholesky_inverse linalg_lu
+        linalg_lu_factor linalg_lu_factor_ex qr linalg_cond linalg_matrix_power matrix_power istft""".split(),
+        before_last(2),
     ),
     "diag_embed": last_diagonal,
-    **dict.fromkeys(["multinomial", "view_as_complex"], before_last(1)),
+    **dict.fromkeys(["multinomial", "view_as_complex", "stft"], before_last(1)),
     **dict.fromkeys(["one_hot", "view_as_real"], before_last(0)),
     "layer_norm": before_last(normalized_dims),
     "rms_norm": before_last(normalized_dims),
@@ -244,17 +328,22 @@ SINGLE: dict[str, Single] = {
     **dict.fromkeys("channel_shuffle native_channel_shuffle".split(), along(99, 1)),
     **dict.fromkeys(
         """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
-        upsample_trilinear3d _upsample_nearest_exact1d upsample_nearest_exact2d""".split(),
+        upsample_trilinear3d upsample_nearest_exact1d upsample_nearest_exact2d upsample_nearest_exact3d upsample_bilinear2d_aa
+        upsample_bicubic2d_aa""".split(),
         before_last(after_channels),
     ),
-    **dict.fromkeys("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split(), first_only),
     **dict.fromkeys(["group_norm", "instance_norm", "batch_norm", "affine_grid_generator"], first_only),
 }
 
 # Ops whose operands have equal dims, not broadcast ones.
 JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
 # Ops whose operands align from the right, so that a parameter can enter them row by row; these two take a 0-dim value only.
-ALIGNED = (frozenset(ELEMENTWISE) | JOINS | {"scaled_dot_product_attention"}) - {"masked_fill", "fill"}
+# Some work on their last dims themselves.
+INNER = {"scaled_dot_product_attention": 2}
+ALIGNED = (frozenset(ELEMENTWISE) | JOINS | {"scaled_dot_product_attention", "cosine_similarity", "pairwise_distance"}) - {
+    "masked_fill",
+    "fill",
+}
 
 # Data movement without loss or repetition: every entry of the result is another entry of the operand (casts count as such).
 MOVES = frozenset(
@@ -263,7 +352,55 @@ MOVES = frozenset(
     diagonal flip detach""".split()
 )
 EXPANDS = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
+# Their rules know samples on axis 0 only.
+FIRST = frozenset(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d group_norm instance_norm batch_norm".split()
+)
 # In-place forms of these change the shape of their own operand.
 TURNS = frozenset("squeeze unsqueeze t transpose swapaxes swapdims".split())
 # An index that brings samples together still picks rows that each belong to one sample.
 INDEXING = frozenset({"getitem", "index_select"})
+# Writing them back, likewise.
+WRITES = frozenset("index_add index_copy index_reduce index_put scatter scatter_add scatter_reduce".split())
+# What may be done to an order of rows (numbers of tokens) while it stays one.
+KEEPS_ROWS = frozenset(
+    "div floordiv floor_divide true_divide mul long int to getitem index_select clone contiguous detach view reshape flatten".split()
+)
+# Lists of what occurs somewhere in the batch, and ops that take one entry.
+LISTS = frozenset({"nonzero", "nonzero_static", "argwhere", "unique", "unique2", "unique_dim", "unique_consecutive"})
+ENTRIES = frozenset("unbind select getitem to long int squeeze flatten view reshape".split())
+
+# Ops that only move data, with the function that shows where.
+EXAMPLES: dict[str, Several] = {
+    "select_scatter": scattered_part(torch.select_scatter),
+    "slice_scatter": scattered_part(torch.slice_scatter),
+    "diagonal_scatter": scattered_part(torch.diagonal_scatter),
+    **dict.fromkeys("view reshape flatten unflatten ravel view_as reshape_as unsafe_view".split(), reshaped_alike),
+    "cat": moved(torch.cat),
+    "concat": moved(torch.cat),
+    "concatenate": moved(torch.cat),
+    "stack": moved(torch.stack),
+    "hstack": moved(torch.hstack),
+    "vstack": moved(torch.vstack),
+    "row_stack": moved(torch.vstack),
+    "dstack": moved(torch.dstack),
+    "column_stack": moved(torch.column_stack),
+    "split": moved(Tensor.split),
+    "split_with_sizes": moved(Tensor.split),
+    "chunk": moved(torch.chunk),
+    "tensor_split": moved(torch.tensor_split),
+    "hsplit": moved(torch.hsplit),
+    "vsplit": moved(torch.vsplit),
+    "dsplit": moved(torch.dsplit),
+    "unbind": moved(torch.unbind),
+    "select": moved(torch.select),
+    "narrow": moved(torch.narrow),
+    "roll": moved(torch.roll),
+    "flip": moved(Tensor.flip),
+    "fliplr": moved(Tensor.fliplr),
+    "flipud": moved(Tensor.flipud),
+    "rot90": moved(torch.rot90),
+    "unfold": moved(Tensor.unfold),
+    "repeat_interleave": moved(torch.repeat_interleave),
+    "diagonal": moved(torch.diagonal),
+}

@@ -85,3 +85,8 @@ def _refuse_second() -> None:
             "backward: create_graph=True runs through a recorded use of a parameter, and the path of a second derivative through "
             "it would be missing. Take the derivative with create_graph=False, or freeze the parameters it passes."
         )
+
+
+def in_backward() -> bool:
+    """Whether a backward is running: what runs forward in it is a recomputation."""
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samplewise.axes import in_step
 from samplewise.registry import expand
 
 States = tuple[Tensor, ...]
@@ -129,10 +130,11 @@ def _packed(
     train: bool,
     bidirectional: bool,
 ) -> tuple[Tensor, ...]:
-    x, mask = _unpacked(data, batch_sizes)
-    settings = (has_biases, num_layers, dropout, train, bidirectional)
-    out, *finals = _layers(cell, x, states, params, settings, mask.to(data.device))
-    return (out.flatten(0, 1).index_select(0, _rows(batch_sizes).to(data.device)), *finals)
+    with in_step():
+        x, mask = _unpacked(data, batch_sizes)
+        settings = (has_biases, num_layers, dropout, train, bidirectional)
+        out, *finals = _layers(cell, x, states, params, settings, mask.to(data.device))
+        return (out.flatten(0, 1).index_select(0, _rows(batch_sizes).to(data.device)), *finals)
 
 
 def _rows(batch_sizes: Tensor) -> Tensor:
@@ -184,15 +186,17 @@ def pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> t
         )
     batch_sizes = torch.tensor([sum(t < count for count in counts) for t in range(max(counts, default=0))], dtype=torch.long)
     steps = input.transpose(0, 1) if batch_first else input
-    return steps.flatten(0, 1).index_select(0, _rows(batch_sizes).to(input.device)), batch_sizes
+    with in_step():
+        return steps.flatten(0, 1).index_select(0, _rows(batch_sizes).to(input.device)), batch_sizes
 
 
 @expand(_OPS._pad_packed_sequence)  # noqa: SLF001
 def pad_packed_sequence(
     input: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[Tensor, Tensor]:
-    picked, mask = _unpacked(input, batch_sizes)
-    padded = torch.where(mask.reshape(*mask.shape[:2], *[1] * (picked.ndim - 2)).to(input.device), picked, padding_value)
+    with in_step():
+        picked, mask = _unpacked(input, batch_sizes)
+        padded = torch.where(mask.reshape(*mask.shape[:2], *[1] * (picked.ndim - 2)).to(input.device), picked, padding_value)
     if total_length > len(padded):
         padded = F.pad(padded, [*[0] * (2 * padded.ndim - 1), total_length - len(padded)], value=padding_value)
     return padded.transpose(0, 1) if batch_first else padded, mask.sum(0)[:, 0]

@@ -1,8 +1,11 @@
 """Composite ops that reach C++ whole, rewritten in terms of ops that the recording follows."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from samplewise.registry import expand
@@ -30,3 +33,37 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
     return out if bias is None else out + bias
+
+
+@expand(torch._grouped_mm)  # noqa: SLF001
+def grouped_mm(
+    input: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Any:
+    # rows of the input up to each offset by the matrix of that group: experts of a mixture
+    if offs is None or input.ndim != 2 or mat2.ndim != 3 or bias is not None:
+        return NotImplemented
+    ends = offs.tolist()
+    groups = [input[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, mat2.unbind(0), strict=False)]
+    out = torch.cat([*groups, input[ends[-1] :] @ torch.zeros_like(mat2[0])])
+    return out.to(out.dtype if out_dtype is None else out_dtype)
+
+
+@expand(torch._C._nn.pad_sequence)  # noqa: SLF001
+def pad_sequence(
+    sequences: Sequence[Tensor], batch_first: bool = False, padding_value: float = 0.0, side: str = "right"
+) -> Tensor:
+    longest = max(x.shape[0] for x in sequences)
+    gaps = [(0, longest - x.shape[0]) if side == "right" else (longest - x.shape[0], 0) for x in sequences]
+    padded = [F.pad(x, [*[0] * (2 * x.ndim - 2), *gap], value=padding_value) for x, gap in zip(sequences, gaps, strict=True)]
+    return torch.stack(padded, 0 if batch_first else 1)
+
+
+@expand(torch.linalg.vecdot)
+def vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
+    return (x.conj() * y).sum(dim)
+
+
+@expand(torch.linalg.multi_dot)
+def multi_dot(tensors: Sequence[Tensor]) -> Tensor:
+    product: Tensor = functools.reduce(torch.matmul, tensors)
+    return product
