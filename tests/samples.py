@@ -245,6 +245,45 @@ CONVOLUTIONS: list[tuple[Op, list[Sample]]] = [
             s(x(3, 2, 3, 3, 3), p(2, 1, 3, 3, 3), groups=2, padding="same"),
         ],
     ),
+    (
+        F.conv_transpose1d,
+        [
+            s(x(3, 4, 5), p(4, 2, 3), p(2), 2),
+            s(x(3, 4, 5), p(4, 2, 3), p(2), stride=3, padding=2, output_padding=2),
+            s(x(3, 4, 5), p(4, 2, 3), None, 1, 0, 2, 1, 3),
+            s(x(3, 4, 5), p(4, 1, 3), p(4), groups=4, stride=2, dilation=2),
+            s(x(3, 4, 5), p(4, 3, 2), p(6), groups=2, padding=1),
+            s(x(3, 3, 3), p(3, 3, 1), p(3)),
+            s(x(3, 4, 80), p(4, 2, 3), stride=2),
+            s(x(3, 4, 5), x(4, 2, 3), p(2)),
+        ],
+    ),
+    (
+        F.conv_transpose2d,
+        [
+            s(x(3, 2, 3, 3), p(2, 4, 2, 2), p(4), stride=2),
+            s(x(3, 2, 3, 3), p(2, 2, 2, 2), groups=2),
+            s(x(3, 2, 3, 4), p(2, 4, 3, 2), p(4), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), dilation=(1, 2)),
+            s(x(3, 4, 9, 9), p(4, 1, 3, 3), groups=2, padding=1),
+            s(x(1, 2, 3, 3), p(2, 4, 2, 2), n=1),
+        ],
+    ),
+    (
+        F.conv_transpose3d,
+        [
+            s(x(3, 2, 2, 2, 2), p(2, 2, 2, 2, 2)),
+            s(
+                x(3, 2, 2, 3, 2),
+                p(2, 1, 2, 1, 2),
+                p(2),
+                stride=(1, 2, 2),
+                output_padding=(0, 1, 1),
+                groups=2,
+                padding=(0, 0, 1),
+                dilation=2,
+            ),
+        ],
+    ),
     *[
         layer(lambda mode=mode, size=size, pad=pad: nn.Conv1d(2, 4, size, padding=pad, padding_mode=mode), x(3, 2, 6))
         for mode in ("zeros", "reflect", "replicate", "circular")
@@ -266,6 +305,18 @@ CONVOLUTIONS: list[tuple[Op, list[Sample]]] = [
 
 BAG = ids(3, 4)
 TABLES: list[tuple[Op, list[Sample]]] = [
+    (
+        named("index", lambda w, i: w[i]),
+        [
+            s(p(5, 2), ids(3, 4)),
+            s(p(5), ids(3)),
+            s(p(5, 2, 3), ids(3, 4)),
+            s(p(5, 2), ids(3, 4) - 5),
+            s(p(3, 3), ids(3, 3, high=3)),
+        ],
+    ),
+    (named("index_select", lambda w, i: w.index_select(0, i)), [s(p(5, 2), ids(3)), s(p(5, 2, 2), ids(3))]),
+    (named("index of a derived table", lambda w, i: (w * 2).t()[i]), [s(p(2, 5), ids(3, 4))]),
     (
         F.embedding,
         [
@@ -665,11 +716,7 @@ SLOW: list[tuple[Op, list[Sample]]] = [
     (torch.linalg.vecdot, [s(x(3, 4), p(4)), s(x(3, 5, 4), p(5, 4))]),
     (torch.cdist, [s(x(3, 5, 4), p(6, 4)), s(x(3, 4), p(6, 4)), s(x(3, 3, 4), p(3, 4))]),
     (F.pairwise_distance, [s(x(3, 4), p(4))]),
-    (F.conv_transpose1d, [s(x(3, 4, 5), p(4, 2, 3), p(2), 2)]),
-    (F.conv_transpose2d, [s(x(3, 2, 3, 3), p(2, 4, 2, 2), p(4), stride=2), s(x(3, 2, 3, 3), p(2, 2, 2, 2), groups=2)]),
-    (F.conv_transpose3d, [s(x(3, 2, 2, 2, 2), p(2, 2, 2, 2, 2))]),
     (named("gather", lambda w, i: w.expand(i.shape[0], -1).gather(1, i)), [s(p(1, 5), ids(3, 4))]),
-    (named("index", lambda w, i: w[i]), [s(p(5, 2), ids(3, 4)), s(p(5), ids(3))]),
     (named("index two", lambda w, i, j: w[i, j]), [s(p(5, 5), ids(3, 4), ids(3, 4))]),
     (named("take", lambda w, i: w.take(i)), [s(p(5), ids(3, 4))]),
     (named("diagonal einsum", lambda a, w: torch.einsum("ni,ii->ni", a, w)), [s(x(3, 4), p(4, 4))]),

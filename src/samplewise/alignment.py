@@ -214,10 +214,11 @@ def _reordered(axis: Axis, own: Lost, index: Tensor) -> Selection | None:
     """The rows in an order that the batch decided; None if that brings them back to where they were."""
     before = None if axis.chosen is None else axis.chosen.places
     places = index.flatten().cpu() if before is None else before[index.flatten().cpu()]
-    if before is not None and places.equal(places.sort()[0]):
+    again = axis.chosen is not None and own.order is not None and own.order is axis.chosen.order
+    if before is not None and not again and places.equal(places.sort()[0]):
         return None
     keys = own.keys if own.keys is not None and len(own.keys) == len(places) else None
-    return Selection(keys, None if axis.chosen is not None and before is None else places)
+    return Selection(keys, None if again or (axis.chosen is not None and before is None) else places, own.order)
 
 
 def _takes_all(index: Tensor, rows: int) -> bool:

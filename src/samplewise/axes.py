@@ -18,10 +18,12 @@ class Selection:
     keys: tuple[int, ...] | None = None
     # the places they had before, while that is known
     places: Tensor | None = None
+    # the sort they were put in order by: to use it again is not the way back
+    order: object = None
 
     def part(self, rows: slice) -> "Selection":
         """What is known of some of the rows."""
-        return Selection(self.keys and self.keys[rows], None if self.places is None else self.places[rows])
+        return Selection(self.keys and self.keys[rows], None if self.places is None else self.places[rows], self.order)
 
     def may_take(self, places: Iterable[int], axis: "Axis", n: int) -> bool:
         """Whether rows at some places are told from the others by their own keys, and not by the other samples."""
@@ -161,7 +163,8 @@ class Lost:
     listed: bool = False
     # what to say if a gradient is asked of it: a parameter had met it
     refused: str | None = None
-    # an order of rows by integers: what they were, in that order
+    # an order of rows that a sort found, and, for one by integers, what they were in that order
+    order: object = field(default=None, compare=False)
     keys: tuple[int, ...] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:

@@ -47,8 +47,8 @@ class Source:
         return self.names if self.edge is None else (self.edge.node, self.edge.output_nr)
 
 
-def leaves_of(tensor: Tensor) -> set[Node]:
-    """The nodes at the ends of a tensor's history: those that would accumulate its leaves' gradients."""
+def leaves_of(tensor: Tensor, until: Callable[[Node], bool] = lambda _: False) -> set[Node]:
+    """The nodes at the ends of a tensor's history, followed `until` some: those that would accumulate its leaves' gradients."""
     found: set[Node] = set()
     seen: set[Node] = set()
     open_: list[Node | None] = [tensor.grad_fn]
@@ -57,7 +57,7 @@ def leaves_of(tensor: Tensor) -> set[Node]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        following = [edge[0] for edge in node.next_functions]
+        following = [] if until(node) else [edge[0] for edge in node.next_functions]
         if not following:
             found.add(node)
         open_ += following
@@ -90,6 +90,8 @@ class Collector:
     # called with (name, factor) as soon as a parameter's last use has arrived; the factor is dropped then
     consume: Callable[[str, Factor], None] | None = None
     uses: list[Use] = field(default_factory=list)
+    # whether pull-backs are to be differentiated again
+    create_graph: bool = False
 
     def __post_init__(self) -> None:
         self._arrived: dict[object, tuple[Source, list[Factor]]] = {}
@@ -165,16 +167,22 @@ class Collector:
     def _pull(self, source: Source, rows: Tensor, parameter: nn.Parameter) -> Tensor:
         """Batched vector-Jacobian product of the derivation, `(m, *source.shape) -> (m, *parameter.shape)`."""
         assert source.edge is not None
-        return _vector_jacobian(source.edge, rows, parameter)
+        return _vector_jacobian(source.edge, rows, parameter, create_graph=self.create_graph)
 
 
-def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter) -> Tensor:
+def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter, *, create_graph: bool) -> Tensor:
     if not len(rows):
         return parameter.new_zeros(0, *parameter.shape)
 
     def pull(grad: Tensor, *, batched: bool) -> Tensor:
         found = torch.autograd.grad(
-            [edge], [parameter], [grad], retain_graph=True, allow_unused=True, is_grads_batched=batched
+            [edge],
+            [parameter],
+            [grad],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            is_grads_batched=batched,
         )[0]
         return parameter.new_zeros(*grad.shape[:batched], *parameter.shape) if found is None else found
 

@@ -14,7 +14,7 @@ from .factors import Dense, Diagonal, Factor, Single
 from .ownership import written
 from .registry import Operation
 from .sample_axis import ALIGNED, INNER, JOINS
-from .taps import Collects, Enter, Grads
+from .taps import Collects, Enter, Grads, seen
 
 Function = Callable[..., Any]
 
@@ -85,7 +85,7 @@ def _sole(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
         dense = grad.to_dense() if grad.is_sparse else grad
         return [(source, uses, Dense(dense[None][:n]) if sample is None else Single(dense, sample, n))]
 
-    entered = Enter.run(recording, factors, recording.anchor, tensor.detach())
+    entered = Enter.run(recording, factors, recording.anchor, seen(recording, tensor))
     recording.declare(entered, whole(entered) if sample is None else Axis.of_sample(sample, entered))
     return entered
 
@@ -157,7 +157,7 @@ def _aligned_axis(call: Call, target: Tensor) -> Axis | None:
 
 def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int, rows: int) -> Tensor:
     """A shared tensor as a batched one, aligned from the right in `ndim` dims with `rows` rows on `axis.dim`."""
-    value, dim = tensor.detach(), axis.dim - (ndim - tensor.ndim)
+    value, dim = seen(recording, tensor), axis.dim - (ndim - tensor.ndim)
     if dim < 0:
         value, dim = value.reshape(*[1] * -dim, *value.shape), 0
     placed = axis.at(dim)

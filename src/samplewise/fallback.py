@@ -12,7 +12,7 @@ from .entering import Function, Recorder, names_of, replaced, source_of
 from .errors import MixedSamplesError, UnsupportedOpError
 from .factors import Dense, Factor
 from .registry import Operation
-from .taps import Enter, Grads
+from .taps import Enter, Grads, seen
 
 # what these do cannot be seen from a sample's own tensors
 OF_MEMORY = frozenset({"as_strided", "as_strided_scatter", "as_strided_copy"})
@@ -84,7 +84,7 @@ def _copies(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
         assert grad is not None
         return [(source, uses, Dense(grad))]
 
-    copies = tensor.detach().expand(call.n, *tensor.shape)
+    copies = seen(recording, tensor).expand(call.n, *tensor.shape)
     return Enter.run(recording, factors, recording.anchor, copies)
 
 

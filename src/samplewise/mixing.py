@@ -27,8 +27,8 @@ from .factors import Factor
 from .fallback import fall_back
 from .places import place
 from .registry import RULES, Operation, Rule, operation
-from .sample_axis import ALIGNED, FIRST, LOSSES, follow
-from .taps import Grads, Tap, in_backward
+from .sample_axis import ALIGNED, FIRST, INDEXING, LOSSES, follow
+from .taps import Grads, Tap, in_backward, seen
 
 
 def mix(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
@@ -52,6 +52,10 @@ def mix(recording: Recorder, func: Function, op: Operation, call: Call, shared: 
 
 def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """By what the table says of the op: row by row, by a rule, as a product, or by the fallback."""
+    lookup = _lookup(call, shared)
+    if lookup is not None:
+        with recording:
+            return _look_up(*lookup)
     if op.name == "setitem":
         return assign(recording, func, call, shared)
     if call.name in ALIGNED or _unreduced(call):
@@ -65,6 +69,24 @@ def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared
     if op.name in CONTRACTIONS:
         return _contract(recording, func, call, shared)
     return fall_back(recording, func, op, call, shared)
+
+
+def _lookup(call: Call, shared: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """`table[index]` or `table.index_select(0, index)` with a shared table and a batched index, if the call is one."""
+    if call.name not in INDEXING or len(shared) > 1 or not call.args or call.args[0] is not shared[0]:
+        return None
+    index = call.get(1, "dim")
+    if call.name == "index_select":
+        index = call.get(2, "index") if index == 0 else None
+    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    whole = isinstance(index, Tensor) and index.dtype not in {torch.bool, torch.uint8}
+    return (shared[0], index) if whole and isinstance(call.where(index), Axis) else None
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    rows = table if table.ndim == 2 else table.reshape(table.shape[0], -1)
+    found = torch.embedding(rows, torch.where(index < 0, index + table.shape[0], index))
+    return found if table.ndim == 2 else found.reshape(*index.shape, *table.shape[1:])
 
 
 def _unreduced(call: Call) -> bool:
@@ -124,7 +146,7 @@ class Slot:
 
     def filled(self, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Tensor:
         """The tensor as the rule sees it."""
-        tensor = (saved[self.place] if isinstance(self.place, int) else self.place).detach()
+        tensor = saved[self.place] if isinstance(self.place, int) else self.place
         if tensor.is_floating_point():
             # under autocast an op computes in another type than its arguments have
             tensor = tensor.to(dtype)
@@ -159,7 +181,7 @@ def _by_rule(
     recording: Recorder, func: Function, call: Call, rule: Rule, arguments: dict[str, Any], shared: list[Tensor]
 ) -> Any:
     """Run the op on detached parameters and tap its results."""
-    args, kwargs = replaced(call, {id(x): x.detach() for x in shared})
+    args, kwargs = replaced(call, {id(x): seen(recording, x) for x in shared})
     out = func(*args, **kwargs)
     axes = {id(x): axis for x, axis in call.placed()}
     return _tap(recording, call, rule, arguments, axes, shared, out)
@@ -179,7 +201,7 @@ def _tap(
     places = [_placed(recording, call, x, shared) for x in outs]
     wanted = [(name, k, x) for name, k, x in _slots(arguments) if any(x is s for s in shared)]
     needed = rule.saved_for({name for name, _, _ in wanted})
-    held, saved = _held(arguments, needed, axes)
+    held, saved = _held(recording, arguments, needed, axes)
     sources = [(name, k, source_of(recording, x)) for name, k, x in wanted]
     uses = [recording.collector.expect(source, call.name, "rule") for *_, source in sources]
     keeps_out = "out" in needed
@@ -208,7 +230,9 @@ def _tap(
     return swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
-def _held(arguments: Mapping[str, Any], needed: set[str], axes: Mapping[int, Axis]) -> tuple[dict[str, Any], list[Tensor]]:
+def _held(
+    recording: Recorder, arguments: Mapping[str, Any], needed: set[str], axes: Mapping[int, Axis]
+) -> tuple[dict[str, Any], list[Tensor]]:
     """A rule's arguments with slots for the tensors, and those that have to be saved; parameters are saved detached."""
     saved: list[Tensor] = []
     slots: dict[int, Slot] = {}
@@ -216,7 +240,7 @@ def _held(arguments: Mapping[str, Any], needed: set[str], axes: Mapping[int, Axi
         axis = axes.get(id(x))
         if name in needed:
             slots[id(x)] = Slot(len(saved), axis)
-            saved.append(x if axis is not None else x.detach())
+            saved.append(x if axis is not None else seen(recording, x))
         elif id(x) not in slots:
             slots[id(x)] = Slot(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), axis)
     return {name: swapped(value, slots) for name, value in arguments.items()}, saved
@@ -278,7 +302,7 @@ def _contract(recording: Recorder, func: Function, call: Call, shared: list[Tens
             own = axis.at(names.index(letter))
             new[id(x)] = enter(recording, call, x, own, x.ndim, rows)
     rest = [x for x in shared if id(x) not in new]
-    args, kwargs = replaced(call, {**new, **{id(x): x.detach() for x in rest}})
+    args, kwargs = replaced(call, {**new, **{id(x): seen(recording, x) for x in rest}})
     out = func(*args, **kwargs)
     if not rest:
         return out

@@ -26,7 +26,7 @@ def _marks(axis: Axis, x: Tensor, n: int) -> Tensor:
     return owners.reshape(-1, *[1] * (x.ndim - axis.dim - 1)).expand(x.shape) if x.ndim else owners.reshape(())
 
 
-def axis_of(found: Tensor, n: int) -> Where | None:
+def axis_of(found: Tensor, n: int, op: str) -> Where | None:
     """The axis along which the owners of elements differ; None where nobody owns any, lost where there is no such axis."""
     if (found == NOBODY).all():
         return None
@@ -35,7 +35,7 @@ def axis_of(found: Tensor, n: int) -> Where | None:
         owners = rows.amax(1)
         if ((rows == owners[:, None]) | (rows == NOBODY)).all():
             return Axis.of_rows(dim, owners.cpu(), n)
-    return Lost("an op that moved rows of several samples to one place")
+    return Lost(op)
 
 
 def agreed(first: Tensor, second: Tensor) -> Tensor | None:
@@ -54,7 +54,7 @@ def moved(function: Callable[..., object]) -> Several:
         args, kwargs = swapped((call.args, call.kwargs), {id(x): marks(call, x) for x in tensors_in(data)})
         place = next((k for k, x in enumerate(call.results) if x is out), 0)
         found = list(tensors_in(function(*args, **kwargs)))[place]
-        where = axis_of(found, call.n) or Lost(call.name)
+        where = axis_of(found, call.n, call.name) or Lost(call.name)
         if isinstance(where, Lost) or not any(axis.chosen for _, axis in call.placed()):
             return where
         if not _may_take(call, function, data, place):
@@ -114,7 +114,7 @@ def reshaped_alike(call: Call, out: Tensor) -> Where:
     """A reshape of rows that follow no pattern."""
     x, axis = call.placed()[0]
     same = axis.ragged is not None and x.numel() == out.numel()
-    there = axis_of(marks(call, x).reshape(out.shape), call.n) if same else None
+    there = axis_of(marks(call, x).reshape(out.shape), call.n, call.name) if same else None
     if not isinstance(there, Axis):
         return Lost(call.name)
     if axis.chosen is None or there.size(call.n) == axis.size(call.n):
@@ -137,7 +137,7 @@ def picked(call: Call, _: Tensor) -> Where:
     shape = torch.broadcast_shapes(x.shape, mask.shape)
     where = mask.expand(shape)
     found = agreed(marks(call, x).expand(shape)[where], marks(call, mask).expand(shape)[where])
-    axis = None if found is None else axis_of(found, call.n)
+    axis = None if found is None else axis_of(found, call.n, call.name)
     return replace(axis, chosen=Selection()) if isinstance(axis, Axis) else Lost(call.name)
 
 
@@ -146,7 +146,7 @@ def scattered_part(function: Callable[..., Tensor]) -> Several:
 
     def move(call: Call, _: Tensor) -> Where:
         args, kwargs = swapped((call.args, call.kwargs), {id(x): marks(call, x).clone() for x in call.args[:2]})
-        return axis_of(function(*args, **kwargs), call.n) or Lost(call.name)
+        return axis_of(function(*args, **kwargs), call.n, call.name) or Lost(call.name)
 
     return move
 
@@ -161,7 +161,7 @@ def gathered(call: Call, _: Tensor) -> Where:
     shape = index.shape if call.name == "gather" else torch.take_along_dim(x.detach(), index, dim).shape
     owners = torch.take_along_dim(marks(call, x), index, dim) if call.name != "gather" else marks(call, x).gather(dim, index)
     found = agreed(owners, marks(call, index).expand(shape))
-    return Lost(call.name) if found is None else axis_of(found, call.n) or Lost(call.name)
+    return Lost(call.name) if found is None else axis_of(found, call.n, call.name) or Lost(call.name)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Write:
             return Lost(call.name)
         now = self.write(self.held.clone(), brought)
         # two samples written to one place
-        return axis_of(now, call.n) if self.read(now).equal(brought) else Lost(call.name)
+        return axis_of(now, call.n, call.name) if self.read(now).equal(brought) else Lost(call.name)
 
 
 def _hidden(call: Call, index: Tensor, brought: Tensor | None) -> bool:
@@ -333,4 +333,5 @@ def of_base(base: Tensor, held: Axis | None, view: Tensor, axis: Axis, n: int) -
     owners.copy_(_marks(held, base, n) if held is not None else torch.full((), NOBODY))
     place = owners.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
     place.copy_(_marks(axis, view, n))
-    return axis_of(owners, n) or Lost("an in-place op on a view")
+    op = "an in-place op on a view"
+    return axis_of(owners, n, op) or Lost(op)

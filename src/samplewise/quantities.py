@@ -124,7 +124,7 @@ class Record:
         Returns:
             `{name: (n, *shape)}` for every trainable parameter; zeros where the loss does not reach.
         """
-        with unrecorded():
+        with self._recording.aside():
             return self._filled({name: factor.to_dense() for name, factor in self.factors().items()}, self._n())
 
     @overload
@@ -135,7 +135,7 @@ class Record:
         """L2 norms of the per-sample gradients, `(n,)`, over all parameters; `by="parameter"` gives `{name: (n,)}`."""
         if by not in {None, "parameter"}:
             raise ValueError(f"norms: by is None or 'parameter', got {by!r}")
-        with unrecorded():
+        with self._recording.aside():
             squares = {name: factor.sq_norms() for name, factor in self.factors().items()}
             if by is None:
                 return total_norms(squares, self._n(), self._like())
@@ -147,7 +147,7 @@ class Record:
         Raises:
             ValueError: If `weights` is not a vector of n.
         """
-        with unrecorded():
+        with self._recording.aside():
             if weights.shape != (self._n(),):
                 raise ValueError(f"weighted_sum: expected weights of shape ({self._n()},), got {tuple(weights.shape)}")
             return self._filled({name: factor.weighted_sum(weights) for name, factor in self.factors().items()})
@@ -167,7 +167,7 @@ class Record:
             ValueError: If a name is unknown or a shape differs.
         """
         self._check_names("dot", direction)
-        with unrecorded():
+        with self._recording.aside():
             terms = [factor.dot(direction[name]) for name, factor in self.factors().items() if name in direction]
             return _total(terms, self._zeros())
 
@@ -180,7 +180,7 @@ class Record:
         other = self if other is None else other
         if set(other._recording.parameters) != set(self._recording.parameters):  # noqa: SLF001
             raise ValueError("gram: the two records have different parameters")
-        with unrecorded():
+        with self._recording.aside():
             mine, theirs = self.factors(), other.factors()
             terms = [mine[name].gram(theirs[name]) for name in mine if name in theirs]
             return _total(terms, self._zeros().new_zeros(self._n(), other._n()))  # noqa: SLF001
@@ -192,7 +192,7 @@ class Record:
             ValueError: If a name is unknown or a shape differs.
         """
         factors = self.factors()
-        with unrecorded():
+        with self._recording.aside():
             if isinstance(projection, GaussianProjection):
                 size = projection.size
                 rows = (
@@ -260,6 +260,7 @@ def record(
     batch_dim: int = 0,
     loss_reduction: str = "sum",
     fallback: str = "allow",
+    create_graph: bool = False,
 ) -> Record:
     """Record one batch of a model, so that every per-sample quantity can be asked for afterwards.
 
@@ -270,6 +271,8 @@ def record(
         loss_reduction: For `loss.backward()` on a scalar: "sum" if it is a sum over samples, "mean" if a mean.
             `rec.backward(losses)` needs neither.
         fallback: "allow" runs ops without a rule sample by sample; "error" forbids it.
+        create_graph: Make every quantity differentiable again (gradient penalties, Hessian-vector products). Its backward is
+            `rec.backward(losses)`; it keeps the graph and costs about as much again.
 
     Returns:
         A context manager; its quantities may be asked for inside or after the block.
@@ -287,7 +290,14 @@ def record(
         (torch.Size([4, 2, 3]), torch.Size([4]))
     """
     return Record(
-        Recording(model, batch_size=batch_size, batch_dim=batch_dim, loss_reduction=loss_reduction, fallback=fallback)
+        Recording(
+            model,
+            batch_size=batch_size,
+            batch_dim=batch_dim,
+            loss_reduction=loss_reduction,
+            fallback=fallback,
+            create_graph=create_graph,
+        )
     )
 
 

@@ -25,12 +25,17 @@ from .notes import Notes
 from .ownership import of_base, written
 from .registry import EXPANSIONS, Operation, operation
 from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
-from .taps import Factors, Grads, in_backward
+from .taps import Factors, Grads, in_backward, unseen_leaves
 
 CONSTANT = "constant"
 # said by the user: stays constant even as an argument of the model
 DECLARED_CONSTANT = "declared constant"
 Kind = Axis | Lost | Shared | str
+_UNSEEN = (
+    "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
+    "compiled module, or a tensor computed before the recording began. Compute it inside the recording from ordinary ops, or give the "
+    "op a rule with `samplewise.rule`."
+)
 
 
 class Recording(TorchFunctionMode):
@@ -47,15 +52,16 @@ class Recording(TorchFunctionMode):
         batch_dim: int = 0,
         loss_reduction: str = "sum",
         fallback: str = "allow",
+        create_graph: bool = False,
         consume: Callable[[str, Factor], None] | None = None,
     ) -> None:
         super().__init__()
         _one_of("fallback", fallback, "allow", "error")
         _one_of("loss_reduction", loss_reduction, "sum", "mean")
         self.model, self.n, self.batch_dim = model, batch_size, batch_dim
-        self.loss_reduction, self.fallback = loss_reduction, fallback
+        self.loss_reduction, self.fallback, self.create_graph = loss_reduction, fallback, create_graph
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.collector = Collector(self.parameters, consume)
+        self.collector = Collector(self.parameters, consume, create_graph=create_graph)
         self.anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
         self._leaf_nodes = {
@@ -66,10 +72,13 @@ class Recording(TorchFunctionMode):
         # memory in which an in-place op changed what a tensor is, and when: other tensors noted before are stale
         self._changed: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self._clock = 0
+        self._lost: list[weakref.ref[Tensor]] = []
         self._handles: list[Any] = []
         # with the backward they run in: a checkpoint starts one inside another
         self._sources: list[tuple[Callable[..., Any], int]] = []
         self._open = False
+        # a derivative with a graph was taken through a use of a parameter, other than by `backward(losses)`
+        self._differentiated = False
         # inside `backward(losses)`, where no reduction has to be undone
         self._from_losses = False
 
@@ -88,7 +97,8 @@ class Recording(TorchFunctionMode):
         for name, parameter in self.parameters.items():
             _refuse_hooks(name, parameter)
             self.declare(parameter, Shared(frozenset({name})))
-            self._handles.append(parameter.register_hook(self._guard(name, parameter)))
+            if not self.create_graph:
+                self._handles.append(parameter.register_hook(self._guard(name, parameter)))
         self._handles.append(self.model.register_forward_pre_hook(_Entrance(self._enter_model), with_kwargs=True, prepend=True))
         self._open = True
 
@@ -104,6 +114,8 @@ class Recording(TorchFunctionMode):
     def declare(self, tensor: Tensor, kind: Kind) -> None:
         """Say what a tensor is, whatever its shape suggests."""
         self._kinds[tensor] = (kind, self._clock)
+        if isinstance(kind, Lost) and tensor.layout == torch.strided:
+            self._lost.append(weakref.ref(tensor))
 
     def overwrite(self, tensor: Tensor, kind: Kind, *, mixed: bool = False, base: tuple[Tensor, object] | None = None) -> None:
         """Say what a tensor is after an in-place op; if that is new, whatever else shares its memory is no longer known.
@@ -160,6 +172,11 @@ class Recording(TorchFunctionMode):
         if tensor.grad_fn is not None and self.n > 1 and not (fits and self.trusts_shapes):
             # it has a history, of which nothing is known
             kind = Lost("a function that the recording could not see into")
+        if isinstance(kind, Axis) and tensor.layout == torch.strided:
+            # an opaque function gave back what it was given
+            cells = tensor.untyped_storage()._cdata  # noqa: SLF001
+            shared = (other for ref in self._lost if (other := ref()) is not None and other.untyped_storage()._cdata == cells)  # noqa: SLF001
+            kind = next((where for other in shared if isinstance(where := self.where(other), Lost)), kind)
         self.declare(tensor, kind)
         return kind
 
@@ -203,11 +220,7 @@ class Recording(TorchFunctionMode):
             alive = recording()
             # outside the `with` block the model may be used as ever, until this recording's own backward
             if alive is not None and _accumulates(accumulates) and (alive in _modes() or alive.belongs()):
-                raise UnsupportedOpError(
-                    f"{name}: an ordinary gradient reached this parameter, from a use that the recording did not see: a "
-                    "torch.autograd.Function, a scripted or compiled module, or a tensor computed before the recording began. "
-                    "Compute it inside the recording from ordinary ops, or give the op a rule with `samplewise.rule`."
-                )
+                raise UnsupportedOpError(f"{name}: {_UNSEEN}")
 
         return refuse
 
@@ -328,35 +341,65 @@ class Recording(TorchFunctionMode):
 
     def belongs(self) -> bool:
         """Whether the backward now running is one that would fill the parameters' gradients."""
-        return _accumulates(self._anchor_node)
+        return self._from_losses if self.create_graph else _accumulates(self._anchor_node)
 
     def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Run the backward pass from a vector of losses, one per sample."""
         self._from_losses = True
         try:
-            torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
+            if self.create_graph:
+                self._refuse_unseen(losses)
+                torch.autograd.grad(losses, self.anchor, torch.ones_like(losses), create_graph=True, allow_unused=True)
+            else:
+                torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
         finally:
             self._from_losses = False
 
+    def _refuse_unseen(self, losses: Tensor) -> None:
+        if self._differentiated:
+            raise UnsupportedOpError(
+                "backward: a derivative with create_graph=True was taken inside the recording (of the loss by an input, perhaps), and how "
+                "it depends on the parameters was not seen. Take it before the recording, or use a loop over samples."
+            )
+        found = unseen_leaves(losses)
+        for name, node in self._leaf_nodes.items():
+            if node in found:
+                raise UnsupportedOpError(f"{name}: {_UNSEEN}")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Our own arithmetic, with a graph if its results are to be differentiated again."""
+        with unrecorded(), torch.set_grad_enabled(self.create_graph):
+            yield
+
     def collected(self) -> dict[str, Factor]:
         """One factor per parameter that the loss reached."""
-        with unrecorded():
+        with self.aside():
             return self.collector.factors()
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors that a tap makes of its gradients."""
         if all(grad is None for grad in grads) or not self.belongs():
+            # its result may enter the losses, past every tap
+            self._differentiated = self._differentiated or torch.is_grad_enabled()
             return
         if not self._open:
             raise SamplewiseError(
                 "backward: it runs through a recording that is closed, so its per-sample gradients would be lost. Call "
                 "`rec.backward(losses)` inside the `with record(...)` block."
             )
-        with unrecorded():
+        with self.aside():
             if self.loss_reduction == "mean" and not self._from_losses:
                 grads = [None if grad is None else grad * (self.n or 0) for grad in grads]
             for source, uses, factor in factors(grads, saved):
                 self.collector.add(source, factor, uses)
+
+    def _check_create_graph(self) -> None:
+        """Only `rec.backward` collects; afterwards, what was made of the gradients may be differentiated as ever."""
+        if self.collector.empty:
+            raise UnsupportedOpError(
+                "backward: a recording with create_graph=True collects per-sample gradients by `rec.backward(losses)` only."
+            )
 
     def refuse_new_parameters(self) -> None:
         """Refuse what became trainable after the recording began, whose gradient would be missing."""
@@ -368,6 +411,9 @@ class Recording(TorchFunctionMode):
             )
 
     def _check_losses(self, tensors: Tensor | Sequence[Tensor]) -> None:
+        if self.create_graph:
+            self._check_create_graph()
+            return
         self.refuse_new_parameters()
         for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
             where = self.where(loss)

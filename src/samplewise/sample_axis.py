@@ -4,7 +4,6 @@ An op that is in no table loses the axis; losing is always safe, because a param
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -125,21 +124,18 @@ def _move(call: Call, out: Tensor) -> Where:
     x, axis = call.placed()[0]
     if name in SINGLE and x is call.tensors[0] and len(call.placed()) == 1:
         where = SINGLE[name](call, x, axis, out)
-        return replace(where, keys=_sort_keys(call, x, out)) if isinstance(where, Lost) else where
+        return _sorted(call, x, out) if isinstance(where, Lost) and name in {"sort", "argsort"} else where
     if name not in {*SINGLE, *SEVERAL} and name in RULES and all(axis.dim == 0 for _, axis in call.placed()):
         # a rule of a third party, whose op has its samples on axis 0
         return axis
-    return Lost(call.name, listed=name in LISTS, keys=_sort_keys(call, x, out))
+    return Lost(call.name, listed=name in LISTS)
 
 
-def _sort_keys(call: Call, x: Tensor, out: Tensor) -> tuple[int, ...] | None:
-    """For the order of rows by an integer of each (its expert): the integers in that order."""
-    sorts = call.name in {"sort", "argsort"} and x.ndim == 1 and not x.is_floating_point() and x.dtype != torch.bool
-    return (
-        tuple(x[out].tolist())
-        if sorts and (call.name == "argsort" or (len(call.results) == 2 and call.results[1] is out))
-        else None
-    )
+def _sorted(call: Call, x: Tensor, out: Tensor) -> Lost:
+    """What a sort over the samples gives; of the order of rows by an integer of each (its expert), the integers in that order."""
+    places = call.name == "argsort" or (len(call.results) == 2 and call.results[1] is out)
+    whole = x.ndim == 1 and not x.is_floating_point() and x.dtype != torch.bool
+    return Lost(call.name, order=object() if places else None, keys=tuple(x[out].tolist()) if places and whole else None)
 
 
 def _still_lost(call: Call, lost: list[Lost], out: Tensor) -> Lost:
@@ -158,12 +154,10 @@ def _still_lost(call: Call, lost: list[Lost], out: Tensor) -> Lost:
         uniform = uniform and not isinstance(call.get(1, "other"), Tensor)
     op = call.name if call.name in {*WRITES, "gather", "take_along_dim", "masked_scatter"} else lost[0].op
     refused = next((item.refused for item in lost if item.refused), None)
-    return Lost(op, linear, uniform, refused=refused, keys=_kept_keys(call, lost[0], out))
-
-
-def _kept_keys(call: Call, lost: Lost, out: Tensor) -> tuple[int, ...] | None:
-    """Numbers of rows in the order of a sort stay in that order under arithmetic, and when looked up in a constant."""
-    return lost.keys if lost.keys is not None and call.name in KEEPS_ROWS and out.shape == (len(lost.keys),) else None
+    # numbers of rows in the order of a sort stay in that order under arithmetic, and when looked up in a constant
+    kept = call.name in KEEPS_ROWS
+    keys = lost[0].keys if kept and lost[0].keys is not None and out.shape == (len(lost[0].keys),) else None
+    return Lost(op, linear, uniform, refused=refused, order=lost[0].order if kept else None, keys=keys)
 
 
 # --- ops that mix samples -----------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from .collecting import Source, Use
+from .collecting import Source, Use, leaves_of
 from .errors import UnsupportedOpError
 from .factors import Factor
 
@@ -17,6 +18,9 @@ Factors = Callable[[Grads, Sequence[Tensor]], list[tuple[Source, list[Use], Fact
 
 class Collects(Protocol):
     """What a tap needs of a recording."""
+
+    # whether the gradients are to be differentiated again
+    create_graph: bool
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors, if this backward belongs to the recording."""
@@ -47,9 +51,9 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Collect, and pass the gradients through."""
-        _refuse_second()
+        _refuse_second(ctx.recording)
         # detached: factors that are kept must not keep the graph, which holds the recording
-        saved = [x.detach() for x in ctx.saved_tensors]
+        saved = [x if ctx.recording.create_graph else x.detach() for x in ctx.saved_tensors]
         ctx.recording.collect(ctx.factors, grads, saved)
         return None, None, None, None, *grads, *[None] * len(saved)
 
@@ -71,22 +75,52 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """Collect; nothing goes further."""
-        _refuse_second()
+        """Collect; only a derivative of what was collected goes further."""
+        _refuse_second(ctx.recording)
         ctx.recording.collect(ctx.factors, (grad,), ())
-        return None, None, None, None
+        return None, None, None, grad if ctx.needs_input_grad[3] else None
 
 
-def _refuse_second() -> None:
+class Seen(torch.autograd.Function):
+    """Identity on a shared tensor at a use that the recording saw, so that uses it did not see can be told from it."""
+
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        """Pass the tensor on."""
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> Tensor:
+        """Pass the gradient on."""
+        return grad
+
+
+def seen(recording: Collects, tensor: Tensor) -> Tensor:
+    """A shared tensor as an op may use it: without its ordinary gradient, unless that is to be differentiated again."""
+    if not recording.create_graph:
+        return tensor.detach()
+    attached: Tensor = Seen.apply(tensor)  # type: ignore[no-untyped-call]
+    return attached
+
+
+def unseen_leaves(losses: Tensor) -> set[Node]:
+    """The ends of a graph that are reached otherwise than through a use that the recording saw."""
+    return leaves_of(losses, until=lambda node: isinstance(node, _SEEN_NODES))
+
+
+def _refuse_second(recording: Collects) -> None:
     # Grad mode is on in a backward with create_graph=True only. The op ran on detached parameters: what the gradient that passes
     # here owes to them has no graph, whether or not anything else in it has one.
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not recording.create_graph:
         raise UnsupportedOpError(
             "backward: create_graph=True runs through a recorded use of a parameter, and the path of a second derivative through "
-            "it would be missing. Take the derivative with create_graph=False, or freeze the parameters it passes."
+            "it would be missing. Say `record(..., create_graph=True)`, or take the derivative with create_graph=False."
         )
 
 
 def in_backward() -> bool:
     """Whether a backward is running: what runs forward in it is a recomputation."""
     return torch._C._current_graph_task_id() != -1  # noqa: SLF001
+
+
+_SEEN_NODES = (Seen._backward_cls, Enter._backward_cls)  # noqa: SLF001

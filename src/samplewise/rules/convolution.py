@@ -1,4 +1,4 @@
-"""Convolutions in one to three dimensions."""
+"""Convolutions and transposed convolutions in one to three dimensions."""
 
 import itertools
 from collections.abc import Sequence
@@ -32,6 +32,51 @@ def convolution(
         "weight": lambda: _weight(grad, input, weight, stride, padding, dilation, groups),
         "bias": lambda: Dense(grad.flatten(2).sum(2)),
     }
+
+
+@rule(torch.conv_transpose1d, saves={"weight": ["input"], "bias": []})
+@rule(torch.conv_transpose2d, saves={"weight": ["input"], "bias": []})
+@rule(torch.conv_transpose3d, saves={"weight": ["input"], "bias": []})
+def transposed_convolution(
+    grad: Tensor,
+    out: None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> dict[str, object]:
+    if grad.is_complex():
+        raise NotImplementedError("transposed convolution: complex tensors have no rule; convolve real and imaginary parts")
+    # out[n,o,stride p + dilation k - padding] += sum_i input[n,i,p] weight[i,o,k]: the convolution that maps grad to input's grad
+    return {
+        "weight": lambda: _transposed_weight(grad, input, weight, stride, padding, dilation, groups),
+        "bias": lambda: Dense(grad.flatten(2).sum(2)),
+    }
+
+
+def _transposed_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Factor:
+    dims = weight.ndim - 2
+    steps, pads, spread = _per_dim(stride, dims), _per_dim(padding, dims), _per_dim(dilation, dims)
+    # as far as the kernel reaches from the last input; an output_padding beyond it has the bias only
+    reach = [(input.shape[d + 2] - 1) * steps[d] + spread[d] * (weight.shape[d + 2] - 1) + 1 for d in range(dims)]
+    if any(grad.shape[d + 2] + 2 * pads[d] - reach[d] >= steps[d] for d in range(dims)):
+        grad = F.pad(grad, [p for size in reversed(pads) for p in (size, size)])
+        for d in range(dims):
+            grad = grad.narrow(d + 2, 0, reach[d])
+        pads = (0,) * dims
+    return Convolution(input, grad, weight.shape, steps, pads, spread, groups)
 
 
 def _weight(

@@ -1,5 +1,6 @@
 """Embedding tables."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,17 +44,32 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    # out[n] = sum (mode 0), mean (1) or max (2) over the bag's positions t of weight[input[n,t]]; bags of equal size only
+    # out[n] = sum (mode 0), mean (1) or max (2) over the bag's positions t of weight[input[n,t]]
     starts = offsets[:-1] if include_last_offset else offsets
-    size = input.numel() // max(1, starts.numel())
-    if not starts.equal(torch.arange(starts.numel(), device=starts.device) * size) or starts.numel() * size != input.numel():
-        return NotImplemented
-    rows = torch.embedding(weight, input, -1, scale_grad_by_freq, sparse).unflatten(0, (starts.numel(), size))
-    kept = (input != (-1 if padding_idx is None else padding_idx)).unflatten(0, (starts.numel(), size))[..., None]
+    positions, inside = _bags(starts.tolist(), int(offsets[-1]) if include_last_offset else input.numel())
+    # a bag is its sample's, where the offsets are the samples'
+    own = torch.zeros_like(starts)[:, None]
+    index = _in_bags(input, positions) + own
+    kept = (inside.to(input.device) & (index != (-1 if padding_idx is None else padding_idx)))[..., None]
+    rows = torch.embedding(weight, index, -1, scale_grad_by_freq, sparse)
     if per_sample_weights is not None:
-        rows = rows * per_sample_weights.unflatten(0, (starts.numel(), size))[..., None]
+        rows = rows * _in_bags(per_sample_weights, positions)[..., None]
     if mode == 2:
-        largest = rows.masked_fill(~kept, -torch.inf).amax(1) if size else rows.sum(1)
+        largest = rows.masked_fill(~kept, -torch.inf).amax(1) if rows.shape[1] else rows.sum(1)
         return largest.masked_fill(largest == -torch.inf, 0.0), None, None, None
-    total = (rows * kept).sum(1)
+    total = torch.where(kept, rows, 0.0).sum(1)
     return (total / kept.sum(1).clamp_min(1) if mode == 1 else total), None, None, None
+
+
+def _bags(starts: Sequence[int], total: int) -> tuple[Tensor, Tensor]:
+    """Where the positions of each bag are, `(bags, longest)`, and which of these are inside."""
+    sizes = [end - start for start, end in zip(starts, [*starts[1:], total], strict=False)]
+    steps = torch.arange(max(sizes, default=0))
+    inside = steps < torch.tensor(sizes, dtype=torch.long)[:, None]
+    # past its end a bag shows its first entry, which is not counted
+    return torch.tensor(starts, dtype=torch.long)[:, None].clamp_max(max(0, total - 1)) + steps * inside, inside
+
+
+def _in_bags(x: Tensor, positions: Tensor) -> Tensor:
+    rows = x if positions.flatten().equal(torch.arange(len(x))) else x.index_select(0, positions.flatten().to(x.device))
+    return rows.reshape(positions.shape)

@@ -1,0 +1,242 @@
+"""Rows that belong to samples without a pattern: bags, graphs, unpadded sequences, experts; against each sample alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import samplewise as sw
+from samplewise.axes import NOBODY, Axis
+
+
+def x(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def same(rec: sw.Record, model: nn.Module, losses: list[Tensor]) -> None:
+    """The recording's rows are those of losses computed for each sample alone."""
+    parameters = dict(model.named_parameters())
+    for i, loss in enumerate(losses):
+        wanted = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        for (name, row), b in zip(rec.grads().items(), wanted, strict=True):
+            torch.testing.assert_close(row[i], b, msg=lambda text, name=name, i=i: f"{name} of sample {i}: {text}")
+    assert any(row.abs().max() > 0 for row in rec.grads().values())
+
+
+# --- bags by offsets --------------------------------------------------------------------------------------------------------------
+
+WORDS, OFFSETS = torch.tensor([1, 4, 1, 0, 2, 2, 5, 3]), torch.tensor([0, 3, 3, 4])
+BAGS = [WORDS[0:3], WORDS[3:3], WORDS[3:4], WORDS[4:8]]
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding", [None, 2, 1])
+@pytest.mark.parametrize("last", [False, True])
+def test_bags_by_offsets(mode, padding, last):
+    torch.manual_seed(0)
+    model = nn.EmbeddingBag(6, 3, mode=mode, padding_idx=padding, include_last_offset=last).double()
+    offsets = torch.cat([OFFSETS, torch.tensor([8])]) if last else OFFSETS
+    with sw.record(model, batch_size=4) as rec:
+        rec.batched(OFFSETS if not last else offsets, owners=torch.tensor([0, 1, 2, 3, 3])[: len(offsets)])
+        out = model(WORDS, offsets)
+        rec.backward(out.sin().sum(1))
+    ends = torch.tensor([0, 1]) if last else torch.tensor([0])
+    alone = [model(bag, ends * len(bag)).sin().sum() for bag in BAGS]
+    same(rec, model, alone)
+    assert all(row.how == ("rule",) for row in rec.coverage().rows)
+
+
+def test_bags_of_a_constant_weight_each():
+    torch.manual_seed(0)
+    model, weights = nn.EmbeddingBag(6, 3, mode="sum").double(), x(8)
+    with sw.record(model, batch_size=4) as rec:
+        rec.backward(model(WORDS, OFFSETS, per_sample_weights=weights).sin().sum(1))
+    pieces = weights.split([3, 0, 1, 4])
+    one = torch.tensor([0])
+    same(rec, model, [model(b, one, per_sample_weights=w).sin().sum() for b, w in zip(BAGS, pieces, strict=True)])
+
+
+def test_two_bags_for_each_sample():
+    torch.manual_seed(0)
+    model = nn.EmbeddingBag(6, 3, mode="mean").double()
+    with sw.record(model, batch_size=2) as rec:
+        rec.batched(OFFSETS, owners=torch.tensor([0, 0, 1, 1]))
+        rec.backward(model(WORDS, OFFSETS).sin().view(2, -1).sum(1))
+    same(rec, model, [model(WORDS[:3], OFFSETS[:2]).sin().sum(), model(WORDS[3:], OFFSETS[:2] // 3).sin().sum()])
+
+
+# --- owners that the user declares ------------------------------------------------------------------------------------------------
+
+
+class Unpadded(nn.Module):
+    """Sequences one behind the other, with attention inside each and a mean at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Embedding(9, 6), nn.Linear(6, 18), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, owners: Tensor, n: int) -> Tensor:
+        h = self.embed(ids)
+        q, k, v = self.qkv(h).chunk(3, -1)
+        parts = [(q[owners == i] @ k[owners == i].T).softmax(-1) @ v[owners == i] for i in range(n)]
+        h = h + torch.cat(parts)
+        total = torch.zeros(n, 6, dtype=h.dtype).index_add(0, owners, h)
+        return self.out(total / torch.bincount(owners, minlength=n)[:, None])
+
+
+def test_unpadded_sequences():
+    torch.manual_seed(0)
+    model, owners = Unpadded().double(), torch.tensor([0, 0, 0, 1, 2, 2])
+    ids = torch.tensor([1, 5, 2, 8, 8, 1])
+    with sw.record(model, batch_size=3) as rec:
+        rec.batched(ids, owners=owners)
+        rec.constant(owners)
+        rec.backward(model(ids, owners, 3).sin().sum(1))
+    same(rec, model, [model(part, torch.zeros_like(part), 1).sin().sum() for part in ids.split([3, 1, 2])])
+
+
+class Messages(nn.Module):
+    """A graph network: edges carry messages between nodes, nodes are pooled into graphs."""
+
+    def __init__(self, scatter: str):
+        super().__init__()
+        self.scatter, self.message, self.update, self.read = scatter, nn.Linear(8, 5), nn.Linear(9, 4), nn.Linear(4, 2)
+
+    def forward(self, nodes: Tensor, edges: Tensor, graphs: Tensor, n: int) -> Tensor:
+        source, target = edges
+        messages = self.message(torch.cat([nodes[source], nodes[target]], 1)).tanh()
+        if self.scatter == "index_add":
+            got = torch.zeros(len(nodes), 5, dtype=nodes.dtype).index_add_(0, target, messages)
+        elif self.scatter == "scatter_add":
+            got = messages.new_zeros(len(nodes), 5).scatter_add(0, target[:, None].expand_as(messages), messages)
+        else:
+            got = messages.new_zeros(len(nodes), 5).index_put((target,), messages, accumulate=True)
+        h = self.update(torch.cat([nodes, got], 1)).relu()
+        return self.read(nodes.new_zeros(n, 4).index_add(0, graphs, h))
+
+
+@pytest.mark.parametrize("scatter", ["index_add", "scatter_add", "index_put"])
+def test_graphs(scatter):
+    torch.manual_seed(0)
+    model = Messages(scatter).double()
+    nodes, graphs = x(7, 4), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    # node 2 hears of nobody
+    edges = torch.tensor([[0, 1, 2, 3, 6, 5], [1, 0, 1, 4, 5, 6]])
+    with sw.record(model, batch_size=3) as rec:
+        rec.batched(nodes, owners=graphs)
+        rec.backward(model(nodes, edges, graphs, 3).sin().sum(1))
+    parts = [(nodes[:3], edges[:, :3]), (nodes[3:5], edges[:, 3:4] - 3), (nodes[5:], edges[:, 4:] - 5)]
+    same(rec, model, [model(a, e, torch.zeros(len(a), dtype=torch.long), 1).sin().sum() for a, e in parts])
+
+
+def test_a_graph_across_two_samples_is_refused():
+    model, nodes = Messages("index_add").double(), x(4, 4)
+    edges, graphs = torch.tensor([[0, 1, 2], [1, 2, 3]]), torch.tensor([0, 0, 1, 1])
+    refused = pytest.raises(sw.SampleAxisError, match=r"linear: the sample axis of an operand .* was lost in cat")
+    with refused, sw.record(model, batch_size=2) as rec:
+        rec.batched(nodes, owners=graphs)
+        # (2, edges), and there are two samples
+        rec.constant(edges)
+        rec.backward(model(nodes, edges, graphs, 2).sin().sum(1))
+
+
+@pytest.mark.parametrize(
+    ("owners", "says"),
+    [
+        (torch.tensor([0, 1]), "must be 3 int64"),
+        (torch.tensor([0, 1, 2]), "below the batch size 2"),
+        (torch.ones(3), "got torch.float32"),
+    ],
+)
+def test_bad_owners(owners, says):
+    with sw.record(nn.Linear(2, 2), batch_size=2) as rec, pytest.raises(ValueError, match=says):
+        rec.batched(torch.randn(3, 2), owners=owners)
+
+
+def test_owners_need_the_batch_size():
+    with sw.record(nn.Linear(2, 2)) as rec, pytest.raises(ValueError, match="Give `batch_size`"):
+        rec.batched(torch.randn(3, 2), owners=torch.tensor([0, 0, 1]))
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_nobody_fit_any_pattern():
+    rows = torch.tensor
+    assert Axis.of_rows(0, rows([0, NOBODY, 2]), 3) == Axis(0)
+    assert Axis.of_rows(0, rows([0, 0, NOBODY, 1]), 2) == Axis(0, 1, 2)
+    assert Axis.of_rows(0, rows([NOBODY, 1, 0, NOBODY]), 2) == Axis(0, 2)
+    assert Axis.of_rows(0, rows([0, NOBODY, 0]), 2).sample == 0
+
+
+# --- the same rows by place -------------------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.run, self.router, self.experts = run, nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        flat = h.flatten(0, 1)
+        gate, choice = self.router(flat).softmax(-1).max(-1)
+        return (gate[:, None] * self.run(self, flat, choice)).view(h.shape)
+
+
+def by_mask(model, h, choice):
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(model.experts):
+        out[choice == e] = expert(h[choice == e])
+    return out
+
+
+def sorted_by_expert(model, h, choice):
+    order = choice.argsort()
+    parts = h[order].split(torch.bincount(choice, minlength=3).tolist())
+    out = torch.cat([expert(part) for expert, part in zip(model.experts, parts, strict=True)])
+    return out[order.argsort()]
+
+
+def with_a_capacity(model, h, choice):
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(model.experts):
+        taken = (choice == e).nonzero()[:2, 0]
+        out = out.index_add(0, taken, expert(h[taken]))
+    return out
+
+
+def halves_by_score(model, h, _):
+    order = h[:, 0].argsort()
+    low, high = h[order].chunk(2)
+    return torch.cat([model.experts[0](low), model.experts[1](high)])[order.argsort()]
+
+
+@pytest.mark.parametrize("run", [by_mask, sorted_by_expert], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_experts(run, n):
+    torch.manual_seed(n)
+    model, h = Experts(run).double(), x(n, 6 // n * 2, 4)
+    assert not sw.verify(model, lambda m, h: m(h).sin().sum((1, 2)), h).failures
+
+
+@pytest.mark.parametrize("run", [with_a_capacity, halves_by_score], ids=lambda f: f.__name__)
+def test_experts_for_whom_samples_compete_are_refused(run):
+    torch.manual_seed(0)
+    model, h = Experts(run).double(), x(3, 4, 4)
+    with (
+        pytest.raises(sw.SampleAxisError, match=r"linear: .* was lost in (getitem|chunk), so the gradient of 'experts"),
+        sw.record(model) as rec,
+    ):
+        rec.backward(model(h).sin().sum((1, 2)))
+
+
+def test_a_loop_over_samples_and_two_views():
+    torch.manual_seed(0)
+    model, h = nn.Linear(4, 4).double(), x(3, 5, 4)
+
+    def losses(model: nn.Module, h: Tensor) -> Tensor:
+        first, second = model(torch.cat([h, h.sin()])).chunk(2)
+        alone = torch.stack([F.mse_loss(model(row), row) for row in h])
+        return (first * second).sum((1, 2)) + alone
+
+    assert not sw.verify(model, losses, h).failures
