@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests fuzz bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/samplewise score --out runs/demo --overwrite
@@ -19,6 +19,9 @@ types:
 
 tests:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --seed 0 --minutes 10
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_figures.py
