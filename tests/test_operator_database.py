@@ -1,0 +1,72 @@
+"""A sweep over PyTorch's operator database: exact against a batch-of-one loop, or refused.
+
+A seeded part of the cases; `SAMPLEWISE_OPERATORS=all` judges all of them, as `python -m tests.operator_database` does.
+"""
+
+import os
+import re
+
+import pytest
+
+import operator_database as database
+from samplewise import sample_axis
+from samplewise.registry import RULES, Rule
+from samplewise.rules.linear import linear
+
+PARTS = 12
+# calls of each op, and cases of each call
+SAMPLES, PER_SAMPLE = (12, 10**6) if os.environ.get("SAMPLEWISE_OPERATORS") == "all" else (4, 8)
+# known bugs, each with an op that shows it: take the line out when its test below fails
+GAPS = {
+    # class weights said to be batched, and their samples on the class axis
+    r"^MIXED: .* rows of the total .*: nn.functional.linear_cross_entropy .own axes": "nn.functional.linear_cross_entropy",
+    r"^CRASH: RuntimeError: one of the variables needed .* scatter_reduce.amax .in place": "scatter_reduce.amax",
+}
+
+
+def _bugs(tally):
+    return [f"{bug.kind}: {bug.detail}: {bug.case}" for bug in tally.bugs()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_exact_or_refused(part):
+    tallies = [database.tally(op, samples=SAMPLES, per_sample=PER_SAMPLE) for op in database.operators()[part::PARTS]]
+    bugs = [bug for tally in tallies for bug in _bugs(tally) if not any(re.search(gap, bug) for gap in GAPS)]
+    assert not bugs, "\n".join(bugs)
+    exact = sum(verdict.kind == "exact" for tally in tallies for verdict in tally.verdicts)
+    assert exact > 100
+
+
+def _tally(name, samples=5, per_sample=20):
+    (op,) = [op for op in database.operators() if database.name_of(op) == name]
+    return database.tally(op, samples=samples, per_sample=per_sample)
+
+
+def _kinds(name):
+    return {verdict.kind for verdict in _tally(name).verdicts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gap", "name"), GAPS.items(), ids=GAPS.values())
+def test_a_known_bug_is_still_there(gap, name):
+    assert any(re.search(gap, bug) for bug in _bugs(_tally(name, samples=12, per_sample=10**6)))
+
+
+def test_the_judge_sees_a_wrong_rule(monkeypatch):
+    right = RULES["linear"]
+    doubled = Rule(lambda grad, *args, **kwargs: linear(2 * grad, *args, **kwargs), right.arguments, right.saves)
+    assert "WRONG" not in _kinds("nn.functional.linear")
+    monkeypatch.setitem(RULES, "linear", doubled)
+    assert "WRONG" in _kinds("nn.functional.linear")
+
+
+def test_the_judge_sees_mixed_samples(monkeypatch):
+    assert not _kinds("cumsum") & set(database.BUGS)
+    monkeypatch.setitem(sample_axis.SINGLE, "cumsum", lambda call, x, axis, out: axis)
+    assert "MIXED" in _kinds("cumsum")
+
+
+def test_the_judge_sees_a_wrong_axis(monkeypatch):
+    monkeypatch.setitem(sample_axis.SINGLE, "transpose", lambda call, x, axis, out: axis)
+    assert set(database.BUGS) & _kinds("transpose")
