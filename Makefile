@@ -20,8 +20,11 @@ types:
 tests:
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+# Random programs against the loop: `make fuzz SEED=7 MINUTES=30`.
+SEED ?= 0
+MINUTES ?= 10
 fuzz: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --seed 0 --minutes 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --seed $(SEED) --minutes $(MINUTES)
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_figures.py

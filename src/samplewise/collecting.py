@@ -96,6 +96,7 @@ class Collector:
     def __post_init__(self) -> None:
         self._arrived: dict[object, tuple[Source, list[Factor]]] = {}
         self._expected: dict[str, float] = {}
+        self._consumed: set[str] = set()
         # what the factors hold, with the versions it had
         self._kept: list[tuple[Tensor, int]] = []
         self.empty = True
@@ -117,6 +118,7 @@ class Collector:
     def add(self, source: Source, factor: Factor, uses: list[Use]) -> None:
         """Take the factor of one use."""
         self.empty = False
+        self._refuse_late(source.names)
         for use in uses:
             use.structure = type(factor).__name__
         if self.parameters[next(iter(source.names))].is_complex():
@@ -130,8 +132,16 @@ class Collector:
             (name,) = source.names
             if len(factors) == self._expected[name]:
                 del self._arrived[source.key]
-                self._expected[name] = math.inf
+                self._consumed.add(name)
                 self.consume(name, add(factors))
+
+    def _refuse_late(self, names: frozenset[str]) -> None:
+        late = names & self._consumed
+        if late:
+            raise SamplewiseError(
+                f"{', '.join(sorted(late))}: a gradient arrived after the parameter's last known use was done with, from a use that the forward "
+                "pass did not show. Use `samplewise.record`, which keeps all uses to the end."
+            )
 
     def finish(self) -> None:
         """Hand what has not been consumed yet to `consume`."""

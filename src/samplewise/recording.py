@@ -299,7 +299,7 @@ class Recording(TorchFunctionMode):
             out = mix(self, func, op, call, shared)
         else:
             out = func(*args, **kwargs)
-            if meeting:
+            if shared and not torch.is_grad_enabled():
                 self.collector.expect_hidden(self._names(shared))
         if not outside:
             self._mark(op, call, out, shared, target)

@@ -301,7 +301,8 @@ def chosen_samples(net, x, k, body):
     mask = (x.detach().movedim(b, 0).flatten(1).sum(1) > 0) if x.ndim > 1 else x.detach() > 0
     rows = mask.nonzero().flatten()
     if not len(rows):
-        return x
+        # made here as in the other cases: without a gradient where the region has none
+        return x.clone()
     out, layout = net.inside(x.index_select(b, rows), body, size=len(rows))
     if layout != net.layout or out.shape[net.features] != x.shape[net.features] or out.shape[:b] != x.shape[:b]:
         return x
