@@ -45,6 +45,8 @@ FOUND = [
     (Case((("algebra", 3), ("without grad", 84), ("checkpointed", 151), ("tied", 123)), n=2), "refused"),
     # streamed: a parameter was done with before its use inside a checkpoint came to light
     (Case((("checkpointed", 225), ("derived weight", 73), ("any axis", 205)), n=2, how=3), "exact"),
+    # a parameter without dims does not decide the type of a result, with a row for each sample neither
+    (Case((("autocast", 29), ("derived weight", 91), ("residual", 10)), n=2, d=3), "exact"),
     # a row of a buffer that nobody wrote
     (Case((("pool", 231), ("routed", 114), ("detached", 73), ("scale", 36)), n=2, d=4, how=1, seed=452), "exact refused"),
 ]

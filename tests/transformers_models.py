@@ -659,7 +659,7 @@ REFUSED = {
     "JetMoE": ("tokens sorted by expert a second time", r"was lost in (view|split)"),
     "Longformer": STRIDED,
     "LED": STRIDED,
-    "TimeSformer": ("takes class tokens from rows of other samples", r"rows of several samples"),
+    "TimeSformer": ("takes class tokens from rows of other samples", r"was lost in cat"),
     "CLIP, contrastive loss": CONTRASTED,
     "CLIP, contrastive loss, `logit_scale` frozen": CONTRASTED,
 }

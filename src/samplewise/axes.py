@@ -129,7 +129,8 @@ class Axis:
 
         `(n * outer * inner, ...)`; with ragged rows every sample is filled up to the longest by rows of zeros.
         """
-        x = x.movedim(self.dim, 0)
+        if self.dim:
+            x = x.movedim(self.dim, 0)
         if x.is_meta and self.ragged is not None:
             # a stand-in, of which a rule uses the shape at most
             return x.new_empty(n * max(map(self.ragged.count, range(n)), default=0), *x.shape[1:])
@@ -183,20 +184,29 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     n: int
-    where: Callable[[Tensor], Where | None]
+    look: Callable[[Tensor], Where | None]
     # of an in-place op on a view: the tensor it is a view of, and what that was before
     base: tuple[Tensor, object] | None = None
     tensors: list[Tensor] = field(init=False)
     # all tensors of the result, in order, once the op has run
     results: list[Tensor] = field(init=False, default_factory=list)
     _placed: list[tuple[Tensor, Axis]] | None = field(init=False, default=None)
+    _known: dict[int, Where | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name in {"max", "min"} and isinstance(self.get(1, "other"), Tensor):
             self.name += "imum"
         # `x.new_zeros(...)`: the tensor only lends its type and device
         own = self.args[1:] if self.name.startswith("new_") else self.args[:1] if self.name in LENDING else self.args
-        self.tensors = list(tensors_in(own if self.name in LENDING else (own, self.kwargs)))
+        self.tensors = tensors_in(own if self.name in LENDING or not self.kwargs else (own, self.kwargs))
+
+    def where(self, x: Tensor) -> Where | None:
+        """Where the sample axis of a tensor is; None for what does not depend on the samples."""
+        key = id(x)
+        if key not in self._known:
+            # as it was before the op, which is why it is looked up once
+            self._known[key] = self.look(x)
+        return self._known[key]
 
     def get(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword (`axis` and `dimension` count as `dim`)."""
@@ -208,13 +218,16 @@ class Call:
     def placed(self) -> list[tuple[Tensor, Axis]]:
         """The tensors that carry the sample axis, with the axis."""
         if self._placed is None:
-            pairs = ((x, self.where(x)) for x in self.tensors)
+            pairs = [(x, self.where(x)) for x in self.tensors]
             self._placed = [(x, axis) for x, axis in pairs if isinstance(axis, Axis)]
         return self._placed
 
     def sample(self) -> int | None:
         """The one sample that all batched operands belong to as a whole, if there is one."""
-        owners = {axis.sample for _, axis in self.placed()}
+        placed = self.placed()
+        if not placed or placed[0][1].ragged is None:
+            return None
+        owners = {axis.sample for _, axis in placed}
         return owners.pop() if len(owners) == 1 else None
 
 
@@ -223,18 +236,24 @@ def whole(x: Tensor) -> Axis:
     return Axis(0, 1, x.shape[0]) if x.ndim else Axis(0)
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> list[Tensor]:
     """All tensors in nested tuples, lists and dictionaries."""
+    found: list[Tensor] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: object, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from tensors_in(item)
+            _gather(item, found)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors_in(item)
+            _gather(item, found)
     elif isinstance(value, slice):
-        yield from tensors_in((value.start, value.stop, value.step))
+        _gather((value.start, value.stop, value.step), found)
 
 
 def swapped(value: Any, new: Mapping[int, Any]) -> Any:

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .errors import SamplewiseError, UnsupportedOpError
 from .factors import Dense, Factor, Pulled, add
@@ -30,6 +31,7 @@ class Source:
     names: frozenset[str]
     isometric: bool
     shape: torch.Size
+    dtype: torch.dtype
     # None for the parameter itself
     edge: GradientEdge | None
     # where the tensor begins, and how many elements it reaches over, in the memory it is a view of
@@ -39,7 +41,7 @@ class Source:
     def of(tensor: Tensor, kind: Shared) -> "Source":
         """The source of a use of `tensor` now; later in-place changes of it do not matter."""
         edge = None if tensor.is_leaf else get_gradient_edge(tensor)
-        return Source(kind.names, kind.isometric, tensor.shape, edge, _region(tensor))
+        return Source(kind.names, kind.isometric, tensor.shape, tensor.dtype, edge, _region(tensor))
 
     @property
     def key(self) -> object:
@@ -47,21 +49,23 @@ class Source:
         return self.names if self.edge is None else (self.edge.node, self.edge.output_nr)
 
 
-def leaves_of(tensor: Tensor, until: Callable[[Node], bool] = lambda _: False) -> set[Node]:
-    """The nodes at the ends of a tensor's history, followed `until` some: those that would accumulate its leaves' gradients."""
-    found: set[Node] = set()
-    seen: set[Node] = set()
-    open_: list[Node | None] = [tensor.grad_fn]
-    while open_:
-        node = open_.pop()
-        if node is None or node in seen:
+def leaves_of(tensor: Tensor, until: tuple[type, ...] = ()) -> list[Tensor]:
+    """The leaves of a tensor's history, which is followed up to nodes of some types."""
+    leaves: list[Tensor] = []
+    seen: set[Any] = {None}
+    ahead: list[Any] = [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node in seen or isinstance(node, until):
             continue
         seen.add(node)
-        following = [] if until(node) else [edge[0] for edge in node.next_functions]
-        if not following:
-            found.add(node)
-        open_ += following
-    return found
+        following = node.next_functions
+        if following:
+            ahead += [edge[0] for edge in following]
+        elif hasattr(node, "variable"):
+            # where a leaf's gradient would be accumulated
+            leaves.append(node.variable)
+    return leaves
 
 
 def _region(tensor: Tensor) -> range | None:
@@ -139,8 +143,8 @@ class Collector:
         late = names & self._consumed
         if late:
             raise SamplewiseError(
-                f"{', '.join(sorted(late))}: a gradient arrived after the parameter's last known use was done with, from a use that the forward "
-                "pass did not show. Use `samplewise.record`, which keeps all uses to the end."
+                f"{', '.join(sorted(late))}: a gradient arrived after the parameter's last known use was done with, from a use that the "
+                "forward pass did not show. Use `samplewise.record`, which keeps all uses to the end."
             )
 
     def finish(self) -> None:
@@ -177,7 +181,14 @@ class Collector:
     def _pull(self, source: Source, rows: Tensor, parameter: nn.Parameter) -> Tensor:
         """Batched vector-Jacobian product of the derivation, `(m, *source.shape) -> (m, *parameter.shape)`."""
         assert source.edge is not None
-        return _vector_jacobian(source.edge, rows, parameter, create_graph=self.create_graph)
+        try:
+            # under autocast the tensor has another type than the op it was used in
+            return _vector_jacobian(source.edge, rows.to(source.dtype), parameter, create_graph=self.create_graph)
+        except RuntimeError as error:
+            raise UnsupportedOpError(
+                f"record: the gradient of a tensor computed from {' and '.join(map(repr, sorted(source.names)))} cannot be taken back to "
+                f"them ({error}). Compute it with ordinary ops, and without reentrant checkpointing."
+            ) from error
 
 
 def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter, *, create_graph: bool) -> Tensor:
@@ -200,14 +211,4 @@ def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter, 
         return pull(rows, batched=True)
     except RuntimeError:
         # an op of the derivation that vmap does not know
-        return _one_by_one(rows, lambda row: pull(row, batched=False))
-
-
-def _one_by_one(rows: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
-    try:
-        return torch.stack([pull(row) for row in rows])
-    except RuntimeError as error:
-        raise UnsupportedOpError(
-            f"record: the gradient of a tensor computed from parameters cannot be taken back to them ({error}). Compute it with ordinary "
-            "ops, and without reentrant checkpointing."
-        ) from error
+        return torch.stack([pull(row, batched=False) for row in rows])

@@ -1,9 +1,11 @@
 """A parameter that meets the samples row by row: it becomes a batched tensor, and the op runs as it is."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from torch import Size, Tensor, nn
 
 from .alignment import through_index
@@ -157,7 +159,7 @@ def _aligned_axis(call: Call, target: Tensor) -> Axis | None:
 
 def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int, rows: int) -> Tensor:
     """A shared tensor as a batched one, aligned from the right in `ndim` dims with `rows` rows on `axis.dim`."""
-    value, dim = seen(recording, tensor), axis.dim - (ndim - tensor.ndim)
+    value, dim = _like_a_number(call, seen(recording, tensor)), axis.dim - (ndim - tensor.ndim)
     if dim < 0:
         value, dim = value.reshape(*[1] * -dim, *value.shape), 0
     placed = axis.at(dim)
@@ -193,6 +195,14 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
     entered: Tensor = Enter.run(recording, factors, recording.anchor, value)
     recording.declare(entered, placed)
     return entered
+
+
+def _like_a_number(call: Call, value: Tensor) -> Tensor:
+    """A tensor without dims does not decide the type of a result; with a row for each sample it would."""
+    others = [x.dtype for x in call.tensors if x.ndim and x.is_floating_point()]
+    if value.ndim or not others or not value.is_floating_point():
+        return value
+    return value.to(functools.reduce(torch.promote_types, others))
 
 
 def _expands_along(tensor: Tensor, value: Tensor, dim: int) -> bool:

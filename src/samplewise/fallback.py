@@ -34,6 +34,7 @@ def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, sh
         )
     copies = [_copies(recording, call, x) for x in shared]
     batched = [(x, axis) for x, axis in call.placed()]
+    _refuse_ragged(recording, call, shared)
     stacks = [_per_sample(x, axis, call.n) for x, axis in batched]
 
     def one(*pieces: Tensor) -> Any:
@@ -44,7 +45,10 @@ def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, sh
     with torch.no_grad():
         plain = func(*call.args, **call.kwargs)
     if not isinstance(plain, Tensor):
-        raise UnsupportedOpError(f"{call.name}: has no rule, and the fallback knows ops with one tensor as result only.")
+        raise UnsupportedOpError(
+            f"{call.name}: has no rule for {names_of(recording, shared)}, and the fallback runs ops with one tensor as result only. "
+            "Register a rule with `samplewise.rule`, or compute the same from other ops."
+        )
     try:
         each = torch.func.vmap(one, randomness="different")(*copies, *stacks)
     except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError, AssertionError):
@@ -57,7 +61,8 @@ def _in_two_steps(recording: Recorder, op: Operation, call: Call) -> Tensor:
     plain = getattr(Tensor, op.name, None)
     if plain is None:
         raise UnsupportedOpError(
-            f"{call.name}: has no rule, and an in-place op cannot be run sample by sample. Use it out of place."
+            f"{call.name}: has no rule for {names_of(recording, call.tensors)}, and an in-place op cannot be run sample by sample. Use "
+            "it out of place."
         )
     with recording:
         written: Tensor = call.tensors[0].copy_(plain(*call.args, **call.kwargs))
@@ -88,10 +93,17 @@ def _copies(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
     return Enter.run(recording, factors, recording.anchor, copies)
 
 
+def _refuse_ragged(recording: Recorder, call: Call, shared: list[Tensor]) -> None:
+    if any(axis.ragged is not None for _, axis in call.placed()):
+        raise UnsupportedOpError(
+            f"{call.name}: samples have different numbers of rows, which the fallback cannot run sample by sample, so the gradient of "
+            f"{names_of(recording, shared)} cannot be split over them. Pad the samples to one length, or register a rule with "
+            "`samplewise.rule`."
+        )
+
+
 def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:
     """`(n, *shape)`: what each sample has of `x`, its axis kept with `outer * inner` entries."""
-    if axis.ragged is not None:
-        raise UnsupportedOpError("the fallback cannot run packed rows sample by sample; pad the sequence, or register a rule")
     grouped: Tensor = axis.rows(x, n).unflatten(0, (n, axis.outer * axis.inner))
     return grouped.movedim(1, axis.dim + 1)
 
@@ -112,7 +124,7 @@ def _joined(recording: Recorder, call: Call, plain: Tensor, each: Tensor, shared
     raise MixedSamplesError(
         f"{call.name}: run sample by sample it gives something else than on the batch (shapes {tuple(each.shape)} and "
         f"{tuple(plain.shape)}), so the gradient of {names_of(recording, shared)} cannot be split over samples. Use an op that "
-        "treats samples alike, or register a rule with `samplewise.rule`."
+        "treats samples alike (for a loss, reduction='none'), or register a rule with `samplewise.rule`."
     )
 
 

@@ -63,8 +63,9 @@ def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared
     rule = RULES.get(op.name)
     if rule is not None and not (call.name in FIRST and any(axis.dim for _, axis in call.placed())):
         arguments = _bind(rule, call)
-        batched = {name for name, _, x in _slots(arguments) if isinstance(call.where(x), Axis)}
-        if rule.covers({name for name, _, x in _slots(arguments) if any(x is s for s in shared)}, batched):
+        slots, own = list(_slots(arguments)), {id(x) for x in shared}
+        batched = {name for name, _, x in slots if isinstance(call.where(x), Axis)}
+        if rule.covers({name for name, _, x in slots if id(x) in own}, batched):
             return _by_rule(recording, func, call, rule, arguments, shared)
     if op.name in CONTRACTIONS:
         return _contract(recording, func, call, shared)
@@ -123,7 +124,7 @@ def _postponed(
     if op.inplace or call.kwargs.get("out") is not None or in_backward():
         raise refusal
     first = [where.refused for x in call.tensors if isinstance(where := call.where(x), Lost) and where.refused]
-    message = first[0] if first else f"{refusal} ({place(recording.model)})"
+    message = first[0] if first else f"{refusal} This happened {place(recording.model)}."
     out = func(*args, **kwargs)
 
     def factors(_: Grads, __: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
@@ -159,12 +160,16 @@ class Slot:
 def _bind(rule: Rule, call: Call) -> dict[str, Any]:
     if len(call.args) > len(rule.arguments):
         raise UnsupportedOpError(
-            f"{call.name}: called with {len(call.args)} arguments, its rule knows {', '.join(rule.arguments)}"
+            f"{call.name}: called with {len(call.args)} arguments, its rule knows {', '.join(rule.arguments)}. Add the others "
+            "to the rule, with the op's own names and defaults."
         )
     arguments = {**dict(zip(rule.arguments, call.args, strict=False)), **call.kwargs}
     unknown = set(arguments) - set(rule.arguments)
     if unknown:
-        raise UnsupportedOpError(f"{call.name}: its rule does not know the argument {', '.join(sorted(unknown))}")
+        raise UnsupportedOpError(
+            f"{call.name}: its rule does not know the argument {', '.join(sorted(unknown))}. Add it to the rule, with the op's own name "
+            "and default."
+        )
     return arguments
 
 
@@ -199,9 +204,10 @@ def _tap(
     out = swapped(out, {id(x): _no_view(x) for x in tensors_in(out)})
     outs = [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
     places = [_placed(recording, call, x, shared) for x in outs]
-    wanted = [(name, k, x) for name, k, x in _slots(arguments) if any(x is s for s in shared)]
+    slots, own = list(_slots(arguments)), {id(x) for x in shared}
+    wanted = [(name, k, x) for name, k, x in slots if id(x) in own]
     needed = rule.saved_for({name for name, _, _ in wanted})
-    held, saved = _held(recording, arguments, needed, axes)
+    held, saved = _held(recording, arguments, slots, needed, axes)
     sources = [(name, k, source_of(recording, x)) for name, k, x in wanted]
     uses = [recording.collector.expect(source, call.name, "rule") for *_, source in sources]
     keeps_out = "out" in needed
@@ -231,19 +237,24 @@ def _tap(
 
 
 def _held(
-    recording: Recorder, arguments: Mapping[str, Any], needed: set[str], axes: Mapping[int, Axis]
+    recording: Recorder,
+    arguments: Mapping[str, Any],
+    tensors: Sequence[tuple[str, int | None, Tensor]],
+    needed: set[str],
+    axes: Mapping[int, Axis],
 ) -> tuple[dict[str, Any], list[Tensor]]:
     """A rule's arguments with slots for the tensors, and those that have to be saved; parameters are saved detached."""
     saved: list[Tensor] = []
     slots: dict[int, Slot] = {}
-    for name, _, x in _slots(arguments):
+    for name, _, x in tensors:
         axis = axes.get(id(x))
         if name in needed:
             slots[id(x)] = Slot(len(saved), axis)
             saved.append(x if axis is not None else seen(recording, x))
         elif id(x) not in slots:
             slots[id(x)] = Slot(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), axis)
-    return {name: swapped(value, slots) for name, value in arguments.items()}, saved
+    holding = {name for name, _, _ in tensors}
+    return {name: swapped(value, slots) if name in holding else value for name, value in arguments.items()}, saved
 
 
 def _filled(value: Any, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Any:
@@ -282,7 +293,8 @@ def _checked(op: str, found: Mapping[str, Any], name: str, place: int | None, so
         )
     if factor.shape != source.shape:
         raise UnsupportedOpError(
-            f"{op}: its rule gives '{name}' a gradient of shape {tuple(factor.shape)}, expected {tuple(source.shape)}"
+            f"{op}: its rule gives '{name}' ({', '.join(sorted(source.names))}) a gradient of shape {tuple(factor.shape)}, expected "
+            f"{tuple(source.shape)}. Return a factor of the parameter's own shape, summed over what the op broadcasts."
         )
     return factor
 

@@ -63,7 +63,10 @@ class Record:
             self._recording.declare(tensor, Axis.of_rows(dim, _checked_owners(owners, tensor, dim, n), n or 0))
             return tensor
         if n is not None and tensor.shape[dim] != n:
-            raise ValueError(f"batched: axis {dim} of a tensor of shape {tuple(tensor.shape)} has not the batch size {n}")
+            raise ValueError(
+                f"batched: axis {dim} of a tensor of shape {tuple(tensor.shape)} has not the batch size {n}. Give the axis of the samples, "
+                "or `owners` where samples have different numbers of rows."
+            )
         self._recording.declare(tensor, Axis(dim))
         return tensor
 
@@ -93,7 +96,8 @@ class Record:
         n, where = self._recording.n, self._recording.where(losses)
         if n is None:
             raise SampleAxisError(
-                "backward: no model was run in this recording, so the batch size is unknown. Give `batch_size`."
+                "backward: no model was run in this recording, so the batch size is unknown. Run the model inside the `with record(...)` "
+                "block, or give `batch_size` to `record`."
             )
         if losses.shape != (n,):
             raise ValueError(
@@ -101,7 +105,8 @@ class Record:
                 "Use reduction='none' and sum or average over everything but the samples; for a reduced loss use "
                 "`loss.backward()` and `loss_reduction`."
             )
-        self._recording.refuse_new_parameters()
+        if self._recording.create_graph:
+            self._recording.refuse_new_parameters()
         if isinstance(where, Lost) and where.refused:
             raise SampleAxisError(where.refused)
         if where != Axis(0) and n > 1:
@@ -149,7 +154,9 @@ class Record:
         """
         with self._recording.aside():
             if weights.shape != (self._n(),):
-                raise ValueError(f"weighted_sum: expected weights of shape ({self._n()},), got {tuple(weights.shape)}")
+                raise ValueError(
+                    f"weighted_sum: expected weights of shape ({self._n()},), one per sample, got {tuple(weights.shape)}"
+                )
             return self._filled({name: factor.weighted_sum(weights) for name, factor in self.factors().items()})
 
     def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
@@ -179,7 +186,11 @@ class Record:
         """
         other = self if other is None else other
         if set(other._recording.parameters) != set(self._recording.parameters):  # noqa: SLF001
-            raise ValueError("gram: the two records have different parameters")
+            raise ValueError(
+                "gram: the two records have different parameters: only one has "
+                f"{', '.join(sorted(set(self._recording.parameters) ^ set(other._recording.parameters)))}. "  # noqa: SLF001
+                "Record the same model twice, with the same parameters frozen."
+            )
         with self._recording.aside():
             mine, theirs = self.factors(), other.factors()
             terms = [mine[name].gram(theirs[name]) for name in mine if name in theirs]
@@ -212,7 +223,10 @@ class Record:
 
     def _n(self) -> int:
         if self._recording.n is None:
-            raise SamplewiseError("record: no model was run in this recording yet")
+            raise SamplewiseError(
+                "record: no model was run in this recording yet, so it has no samples. Run the model and `rec.backward(losses)` inside the "
+                "`with record(...)` block first."
+            )
         return self._recording.n
 
     def _like(self) -> Tensor:
@@ -234,8 +248,14 @@ class Record:
         for name, tensor in given.items():
             expected = self._recording.parameters.get(name)
             if expected is None or expected.shape != tensor.shape:
-                wanted = "no such trainable parameter" if expected is None else f"expected shape {tuple(expected.shape)}"
-                raise ValueError(f"{call}: '{name}' of shape {tuple(tensor.shape)}: {wanted}")
+                wanted = (
+                    "no such trainable parameter (names as in `model.named_parameters()`)"
+                    if expected is None
+                    else f"expected shape {tuple(expected.shape)}"
+                )
+                raise ValueError(
+                    f"{call}: '{name}' of shape {tuple(tensor.shape)}{' in each row' * (call == 'project')}: {wanted}"
+                )
 
 
 def _checked_owners(owners: Tensor, tensor: Tensor, dim: int, n: int | None) -> Tensor:
@@ -379,7 +399,7 @@ def clipped_grads(
 def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
     """`min(1, max_grad_norm / norms)`; a zero norm gives 1."""
     if not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
+        raise ValueError(f"clipping: max_grad_norm must be positive, got {max_grad_norm}")
     return torch.where(norms > max_grad_norm, max_grad_norm / norms, torch.ones_like(norms))
 
 

@@ -5,8 +5,8 @@ gradients are in `rules`.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -24,14 +24,14 @@ from .mixing import mix
 from .notes import Notes
 from .ownership import of_base, written
 from .registry import EXPANSIONS, Operation, operation
-from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
+from .sample_axis import EXPANDS, KEEPS, MOVES, TURNS, follow, refuse_mixing
 from .taps import Factors, Grads, in_backward, unseen_leaves
 
 CONSTANT = "constant"
 # said by the user: stays constant even as an argument of the model
 DECLARED_CONSTANT = "declared constant"
 Kind = Axis | Lost | Shared | str
-_UNSEEN = (
+UNSEEN = (
     "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
     "compiled module, or a tensor computed before the recording began. Compute it inside the recording from ordinary ops, or give the "
     "op a rule with `samplewise.rule`."
@@ -64,9 +64,8 @@ class Recording(TorchFunctionMode):
         self.collector = Collector(self.parameters, consume, create_graph=create_graph)
         self.anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
-        self._leaf_nodes = {
-            name: get_gradient_edge(p).node for name, p in self.parameters.items() if not nn.parameter.is_lazy(p)
-        }
+        self._names_of: dict[int, str] = {}
+        self._modules: list[nn.Module] = []
         # what a tensor is, and when that was noted
         self._kinds: Notes[tuple[Kind, int]] = Notes()
         # memory in which an in-place op changed what a tensor is, and when: other tensors noted before are stale
@@ -85,20 +84,21 @@ class Recording(TorchFunctionMode):
     # --- life ---------------------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Attach to the model: a pre-hook that finds the samples, and a guard on every parameter."""
-        if any(isinstance(mode, Recording) for mode in _modes()):
+        """Attach to the model: a pre-hook that finds the samples."""
+        if any(isinstance(mode, Recording) for mode in modes()):
             raise SamplewiseError(
                 "record: another recording is active here, and recordings do not nest. Close the outer one first."
             )
-        _refuse_compiled(self.model)
-        _refuse_lazy(self.model)
-        for tensor in _held_tensors(self.model):
+        modules = dict(self.model.named_modules())
+        _refuse_unrecordable(modules)
+        self._modules = list(modules.values())
+        self._names_of = {id(p): name for name, p in self.parameters.items()}
+        for tensor in _held_tensors(self._modules):
             self.declare(tensor, CONSTANT)
         for name, parameter in self.parameters.items():
             _refuse_hooks(name, parameter)
             self.declare(parameter, Shared(frozenset({name})))
-            if not self.create_graph:
-                self._handles.append(parameter.register_hook(self._guard(name, parameter)))
+        self._watch()
         self._handles.append(self.model.register_forward_pre_hook(_Entrance(self._enter_model), with_kwargs=True, prepend=True))
         self._open = True
 
@@ -156,9 +156,9 @@ class Recording(TorchFunctionMode):
     def _of_history(self, tensor: Tensor) -> Kind:
         """What a tensor is that depends on no sample but has a history: a function of parameters with a backward of its own."""
         leaves = leaves_of(tensor)
-        if self._anchor_node in leaves:
+        if any(leaf is self.anchor for leaf in leaves):
             return Lost("a function that the recording could not see into")
-        names = frozenset(name for name, node in self._leaf_nodes.items() if node in leaves)
+        names = frozenset(self._names_of[id(leaf)] for leaf in leaves if id(leaf) in self._names_of)
         kind: Kind = Shared(names, isometric=False) if names else CONSTANT
         self.declare(tensor, kind)
         return kind
@@ -182,7 +182,7 @@ class Recording(TorchFunctionMode):
 
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The samples enter: the tensors passed to the model's forward."""
-        if self not in _modes():
+        if self not in modes():
             # the model runs in another thread
             return
         if not self.collector.empty and not in_backward():
@@ -212,17 +212,8 @@ class Recording(TorchFunctionMode):
             if x is not None:
                 self.declare(x, CONSTANT)
 
-    def _guard(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
-        """A hook that refuses a gradient which would be accumulated in the parameter, not one that is only asked for."""
-        accumulates, recording = get_gradient_edge(parameter).node, weakref.ref(self)
-
-        def refuse(_: Tensor) -> None:
-            alive = recording()
-            # outside the `with` block the model may be used as ever, until this recording's own backward
-            if alive is not None and _accumulates(accumulates) and (alive in _modes() or alive.belongs()):
-                raise UnsupportedOpError(f"{name}: {_UNSEEN}")
-
-        return refuse
+    def _watch(self) -> None:
+        """Look out for uses of parameters that the recording does not see: here, in the graph of every loss."""
 
     # --- forward ------------------------------------------------------------------------------------------------------------
 
@@ -244,8 +235,11 @@ class Recording(TorchFunctionMode):
         plain = op.inplace or (func, torch._C._current_graph_task_id()) in self._sources  # noqa: SLF001
         inner = None if plain else EXPANSIONS.get(op.name, op.source)
         if inner is not None:
-            if func is torch.autograd.backward and not in_backward():
-                self._check_losses(args[0] if args else kwargs["tensors"])
+            if func is torch.autograd.backward:
+                losses = args[0] if args else kwargs["tensors"]
+                if not in_backward():
+                    self._check_losses(losses)
+                self._look_for_unseen(losses)
             with self, self._inside(func, inner):
                 out = inner(*args, **kwargs)
             if out is not NotImplemented:
@@ -288,6 +282,16 @@ class Recording(TorchFunctionMode):
         refuse_mixing(call)
         kinds = [self.kind(x) for x in call.tensors]
         shared = [x for x, kind in zip(call.tensors, kinds, strict=True) if isinstance(kind, Shared)]
+        if not shared and target is None and op.name in KEEPS and "out" not in kwargs:
+            axis = _common_axis(call.tensors, kinds)
+            if axis is not None:
+                # most calls of most models: an elementwise op on samples that lie alike
+                out = func(*args, **kwargs)
+                if isinstance(out, Tensor) and out.ndim == call.tensors[0].ndim:
+                    self.declare(out, axis)
+                    return out
+                self._mark(op, call, out, shared, target)
+                return out
         meeting = bool(shared) and any(isinstance(kind, Axis | Lost) for kind in kinds)
         outside = self.n is None and any(self._kinds.get(x) is None and not isinstance(x, nn.Parameter) for x in call.tensors)
         if outside and shared:
@@ -308,14 +312,14 @@ class Recording(TorchFunctionMode):
     def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
         """Note what the results, or the targets of an in-place op, are now."""
         written_to = op.inplace or call.kwargs.get("out") is not None
-        call.results = list(tensors_in(out))
+        call.results = tensors_in(out)
         if target is not None:
             results = [target]
         elif written_to:
-            results = list(tensors_in((call.args[:1] if op.inplace else (), out)))
+            results = tensors_in((call.args[:1] if op.inplace else (), out))
         else:
             # what is known already: an operand given back as it is, or a tapped result
-            results = [x for x in tensors_in(out) if self._kinds.get(x) is None]
+            results = [x for x in call.results if self._kinds.get(x) is None]
         for tensor in results:
             kind: Kind | None = written(call) if op.name == "setitem" else follow(call, tensor)
             if kind is None:
@@ -341,7 +345,7 @@ class Recording(TorchFunctionMode):
 
     def belongs(self) -> bool:
         """Whether the backward now running is one that would fill the parameters' gradients."""
-        return self._from_losses if self.create_graph else _accumulates(self._anchor_node)
+        return self._from_losses if self.create_graph else accumulates(self._anchor_node)
 
     def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Run the backward pass from a vector of losses, one per sample."""
@@ -355,16 +359,22 @@ class Recording(TorchFunctionMode):
         finally:
             self._from_losses = False
 
-    def _refuse_unseen(self, losses: Tensor) -> None:
+    def _look_for_unseen(self, losses: Tensor | Sequence[Tensor]) -> None:
+        """Before every backward seen, also of a recomputation; a derivative of what was collected may go anywhere."""
+        if not self.create_graph:
+            self._refuse_unseen(losses)
+
+    def _refuse_unseen(self, losses: Tensor | Sequence[Tensor]) -> None:
+        """Refuse a graph in which an ordinary gradient would reach a parameter."""
         if self._differentiated:
             raise UnsupportedOpError(
                 "backward: a derivative with create_graph=True was taken inside the recording (of the loss by an input, perhaps), and how "
                 "it depends on the parameters was not seen. Take it before the recording, or use a loop over samples."
             )
-        found = unseen_leaves(losses)
-        for name, node in self._leaf_nodes.items():
-            if node in found:
-                raise UnsupportedOpError(f"{name}: {_UNSEEN}")
+        for loss in [losses] if isinstance(losses, Tensor) else losses:
+            names = [self._names_of[id(leaf)] for leaf in unseen_leaves(loss) if id(leaf) in self._names_of]
+            if names:
+                raise UnsupportedOpError(f"{', '.join(sorted(names))}: {UNSEEN}")
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -403,8 +413,9 @@ class Recording(TorchFunctionMode):
 
     def refuse_new_parameters(self) -> None:
         """Refuse what became trainable after the recording began, whose gradient would be missing."""
-        new = [name for name, p in self.model.named_parameters() if p.requires_grad and self.parameters.get(name) is not p]
-        if new:
+        held = (p for module in self._modules for p in module._parameters.values() if p is not None)  # noqa: SLF001
+        if any(p.requires_grad and id(p) not in self._names_of for p in held):
+            new = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in self._names_of]
             raise UnsupportedOpError(
                 f"backward: {', '.join(new)} was unfrozen, added or replaced inside the recording, which did not see its uses before. Do "
                 "so before `record`."
@@ -421,7 +432,7 @@ class Recording(TorchFunctionMode):
                 raise SampleAxisError(where.refused)
             if isinstance(where, Lost) and not where.linear:
                 raise MixedSamplesError(
-                    f"backward: the loss went through {where.op} and is no longer a plain sum or mean over samples, so it has no "
+                    f"backward: {where.op} brought the samples together, and the loss is no plain sum or mean over them, so it has no "
                     "per-sample gradients. Keep one loss per sample and call `rec.backward(losses)`."
                 )
             if isinstance(where, Lost) and self.loss_reduction == "mean" and not where.uniform:
@@ -460,7 +471,18 @@ def _passing() -> Callable[..., None]:
     return _pass
 
 
-def _modes() -> list[Any]:
+def _common_axis(tensors: list[Tensor], kinds: list[Kind]) -> Axis | None:
+    """The one axis, of a plain pattern, on which all tensors of a call have their samples; None in any other case."""
+    first = kinds[0] if kinds else None
+    if not isinstance(first, Axis) or first.ragged is not None or first.chosen is not None:
+        return None
+    ndim = tensors[0].ndim
+    alike = all(kind == first and x.ndim == ndim for x, kind in zip(tensors[1:], kinds[1:], strict=True))
+    return first if alike else None
+
+
+def modes() -> list[Any]:
+    """The function modes of this thread, the recordings among them."""
     return torch.overrides._get_current_function_mode_stack()  # type: ignore[no-any-return]  # noqa: SLF001
 
 
@@ -476,7 +498,7 @@ def _unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def _accumulates(node: Any) -> bool:
+def accumulates(node: Any) -> bool:
     """Whether the backward now running adds to the `.grad` of this leaf; `torch.autograd.grad` does not."""
     try:
         return torch._C._will_engine_execute_node(node)  # noqa: SLF001
@@ -488,11 +510,12 @@ def _accumulates(node: Any) -> bool:
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Our own arithmetic: no recording sees it, and no graph is built."""
-    with torch._C.DisableTorchFunction(), torch.no_grad(), ExitStack() as stack:  # noqa: SLF001
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # noqa: SLF001
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            yield
+            return
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
 
 
 def _one_of(name: str, value: str, *choices: str) -> None:
@@ -500,38 +523,41 @@ def _one_of(name: str, value: str, *choices: str) -> None:
         raise ValueError(f"record: {name} is one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Buffers, and plain tensor attributes of modules: masks, tables, position ids."""
-    yield from model.buffers()
-    for module in model.modules():
-        plain = {key: value for key, value in vars(module).items() if key not in {"_parameters", "_modules", "_buffers"}}
-        yield from tensors_in(plain)
+def _held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Buffers, and other tensors that modules hold: masks, tables, position ids."""
+    for module in modules:
+        yield from (x for x in module._buffers.values() if x is not None)  # noqa: SLF001
+        for key, value in vars(module).items():
+            if key not in _OF_EVERY_MODULE and isinstance(value, Tensor | tuple | list | dict):
+                yield from tensors_in(value)
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    compiled = [name or "the model" for name, module in model.named_modules() if _is_compiled(module)]
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
+    """Modules that the recording cannot see into, or whose parameters do not exist yet."""
+    compiled = [
+        name or "the model"
+        for name, module in modules.items()
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+    ]
     if compiled:
         raise UnsupportedOpError(
             f"record: {', '.join(compiled)} is compiled by torch.compile, and the recording cannot see into it. Record the module that "
             "was compiled (its `_orig_mod`), which shares its parameters; after `module.compile()`, a copy made before it."
         )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
-    if lazy:
+    lazy = [name for name, module in modules.items() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
+    if any(nn.parameter.is_lazy(p) for name in lazy for p in modules[name].parameters()):
         raise UnsupportedOpError(
-            f"record: {', '.join(lazy)} of a lazy module has no shape yet. Run the model once before the recording."
+            f"record: {', '.join(name or 'the model' for name in lazy)} is lazy, and its parameters have no shape yet. Run the model once "
+            "before the recording."
         )
 
 
 def _refuse_hooks(name: str, parameter: nn.Parameter) -> None:
     hooks = (parameter._backward_hooks or {}).values()  # noqa: SLF001
-    if any(getattr(hook, "__module__", None) != __name__ for hook in hooks):
+    if any(not (getattr(hook, "__module__", None) or "").startswith(f"{__package__}.") for hook in hooks):
         raise UnsupportedOpError(
             f"{name}: has a hook on its gradient, which per-sample gradients would not pass through. Remove it for the recording, and "
             "apply to the results what it does."

@@ -162,7 +162,10 @@ _INPLACE_DUNDERS = frozenset({"__setitem__", "__iand__", "__ior__", "__ixor__", 
 def _free_key(op: Callable[..., Any]) -> str:
     key = operation(op).name
     if key in RULES or key in EXPANSIONS:
-        raise ValueError(f"{key} already has a rule or an expansion; each op has one place where its gradient is written")
+        raise ValueError(
+            f"{key} already has a rule or an expansion; each op has one place where its gradient is written. Another "
+            "gradient needs an op of your own (`torch.library`)."
+        )
     operation.cache_clear()
     return key
 

@@ -117,11 +117,13 @@ def refuse_mixing(call: Call) -> None:
 
 def _move(call: Call, out: Tensor) -> Where:
     name = call.name.removeprefix("special_")
+    x, axis = call.placed()[0]
+    if name == "linear" and len(call.placed()) == 1 and x is call.tensors[0] and axis.dim < x.ndim - 1:
+        return axis
     if name in CONTRACTIONS:
         return contraction(call, out)
     if name in SEVERAL:
         return SEVERAL[name](call, out)
-    x, axis = call.placed()[0]
     if name in SINGLE and x is call.tensors[0] and len(call.placed()) == 1:
         where = SINGLE[name](call, x, axis, out)
         return _sorted(call, x, out) if isinstance(where, Lost) and name in {"sort", "argsort"} else where
@@ -329,6 +331,8 @@ SINGLE: dict[str, Single] = {
     **dict.fromkeys(["group_norm", "instance_norm", "batch_norm", "affine_grid_generator"], first_only),
 }
 
+# Elementwise ops, as a table to look up; `where` with a condition alone is none.
+KEEPS = frozenset(ELEMENTWISE) - {"where"}
 # Ops whose operands have equal dims, not broadcast ones.
 JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
 # Ops whose operands align from the right, so that a parameter can enter them row by row; these two take a 0-dim value only.

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from .collecting import Source, Use, leaves_of
 from .errors import UnsupportedOpError
@@ -103,9 +102,9 @@ def seen(recording: Collects, tensor: Tensor) -> Tensor:
     return attached
 
 
-def unseen_leaves(losses: Tensor) -> set[Node]:
-    """The ends of a graph that are reached otherwise than through a use that the recording saw."""
-    return leaves_of(losses, until=lambda node: isinstance(node, _SEEN_NODES))
+def unseen_leaves(losses: Tensor) -> list[Tensor]:
+    """The leaves of a graph that are reached otherwise than through a use that the recording saw."""
+    return leaves_of(losses, until=_SEEN_NODES)
 
 
 def _refuse_second(recording: Collects) -> None:

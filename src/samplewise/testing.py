@@ -57,7 +57,10 @@ def check_rule(op: Callable[..., Any], samples: Iterable[Sample], *, fallback: s
             try:
                 _check(op, changed, fallback)
             except AssertionError as error:
-                raise VerificationError(f"{op.__name__}: sample {place}, {variant}: {error}") from error
+                raise VerificationError(
+                    f"{op.__name__}: sample {place}, {variant}: {error}\nThe expected numbers are those of a "
+                    "batch-of-one loop: correct the rule, or say in the sample which tensors are `constant`."
+                ) from error
 
 
 def _takes_empty(op: Callable[..., Any], sample: Sample) -> bool:

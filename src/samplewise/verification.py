@@ -75,7 +75,7 @@ def verify(
         A report; `print` it.
 
     Raises:
-        VerificationError: If a comparison fails; its message is the report.
+        VerificationError: If a comparison fails; its message begins with the report.
         ValueError: If the batch has no tensors, or an empty axis 0.
 
     Example:
@@ -96,14 +96,17 @@ def verify(
     ]
     report = Report(tuple(chosen), tuple(differences))
     if report.failures:
-        raise VerificationError(str(report))
+        raise VerificationError(
+            f"{report}\nIf the model draws random numbers (dropout), call `model.eval()` first. A number that leaves torch (`.item()`) "
+            "counts as a constant: keep it a tensor if other samples have a part in it."
+        )
     return report
 
 
 def _batch_size(batch: Batch) -> int:
     tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim]
     if not tensors or not tensors[0].shape[0]:
-        raise ValueError("verify: the batch needs at least one tensor with samples on axis 0")
+        raise ValueError("verify: the batch needs at least one tensor with samples on axis 0, and found none")
     return tensors[0].shape[0]
 
 

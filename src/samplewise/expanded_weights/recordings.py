@@ -1,17 +1,18 @@
 """Recordings whose backward comes later, by the user's own call, and leaves `grad_sample` on the parameters."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import get_gradient_edge
 
 from samplewise.collecting import Collector, Shared, Source
-from samplewise.errors import SamplewiseError
+from samplewise.errors import SamplewiseError, UnsupportedOpError
 from samplewise.factors import Dense
-from samplewise.recording import Recording
+from samplewise.recording import UNSEEN, Recording, accumulates, modes
 from samplewise.taps import Factors, Grads
 
 
@@ -30,6 +31,26 @@ class LateRecording(Recording):
         super().__init__(model, batch_size=batch_size, batch_dim=batch_dim, loss_reduction=loss_reduction)
         self.parameters = dict(parameters)  # type: ignore[arg-type]
         self._running: weakref.ref[_Finish] | None = None
+
+    def _watch(self) -> None:
+        """By a hook on every parameter."""
+        for name, parameter in self.parameters.items():
+            self._handles.append(parameter.register_hook(self._guard(name, parameter)))
+
+    def _look_for_unseen(self, losses: Tensor | Sequence[Tensor]) -> None:
+        """The hooks do, for the backward comes when no mode sees it."""
+
+    def _guard(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        """A hook that refuses a gradient which would be accumulated in the parameter, not one that is only asked for."""
+        node, recording = get_gradient_edge(parameter).node, weakref.ref(self)
+
+        def refuse(_: Tensor) -> None:
+            alive = recording()
+            # outside the `with` block the model may be used as ever, until this recording's own backward
+            if alive is not None and accumulates(node) and (alive in modes() or alive.belongs()):
+                raise UnsupportedOpError(f"{name}: {UNSEEN}")
+
+        return refuse
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors, and see to it that they are written when this backward ends."""

@@ -23,7 +23,7 @@ def embedding(
     # out[n,t] = weight[input[n,t]]; `sparse` asks for another layout of the ordinary gradient, not for other numbers
     if scale_grad_by_freq:
         raise NotImplementedError(
-            "embedding: scale_grad_by_freq=True divides by counts over the batch, which mixes its samples"
+            "embedding: scale_grad_by_freq=True divides by counts over the batch, which mixes its samples; leave it False"
         )
     n, t, d = grad.shape[0], input[:1].numel(), grad.shape[-1]
     index, value = input.reshape(n, t), grad.reshape(n, t, d)

@@ -1,0 +1,891 @@
+"""Every error of the core is raised here through the public interface, and says what happened, where, and what to do.
+
+A case is matched with the `raise` it covers by looking at where the exception came from, so that no message is without a test.
+"""
+
+import ast
+import builtins
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import samplewise as sw
+from samplewise import errors, testing
+from samplewise.factors import Dense
+from samplewise.registry import EXPANSIONS, RULES, operation
+
+SOURCE = Path(sw.__file__).parent
+N, D = 3, 4
+
+# --- triggers -----------------------------------------------------------------------------------------------------------------
+
+
+def x(*shape):
+    return torch.randn(shape or (N, D), generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """A forward as a function of the module and its inputs; tensors given are parameters."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.function = forward
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.double()
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+def linear():
+    return nn.Linear(D, 2).double()
+
+
+def squares(model, batch):
+    return model(batch).abs().square().flatten(1).sum(1)
+
+
+def run(model, batch=None, losses=squares, **options):
+    """A recording from beginning to end."""
+    with sw.record(model, **options) as rec:
+        rec.backward(losses(model, x() if batch is None else batch))
+    return rec
+
+
+def net(forward, batch=None, *, losses=squares, options=None, **parts):
+    """What records a model of one function."""
+    return lambda: run(Net(forward, **(parts or {"inner": linear(), "w": x(D)})), batch, losses, **(options or {}))
+
+
+def reduced(loss, model=None, **options):
+    """What records a model whose loss is one number."""
+    model = model or linear()
+
+    def trigger():
+        with sw.record(model, **options):
+            loss(model, x()).backward()
+
+    return trigger
+
+
+@contextmanager
+def registered():
+    """Rules registered inside are gone afterwards."""
+    before = dict(RULES), dict(EXPANSIONS)
+    try:
+        yield
+    finally:
+        for table, old in zip((RULES, EXPANSIONS), before, strict=True):
+            table.clear()
+            table.update(old)
+        operation.cache_clear()
+
+
+@functools.cache
+def third_party():
+    """Ops of a third party: `scale(x, weight, power)` and, in place only, `mend_(x, weight)`."""
+    library = torch.library.Library("messages", "FRAGMENT")
+    library.define("scale(Tensor x, Tensor weight, int power=1) -> Tensor")
+    library.impl("scale", lambda x, weight, power=1: x * weight**power, "CompositeImplicitAutograd")
+    library.define("mend_(Tensor(a!) x, Tensor weight) -> Tensor(a!)")
+    library.impl("mend_", lambda x, weight: x.copy_(x * weight), "CompositeImplicitAutograd")
+    return library, torch.ops.messages
+
+
+def with_rule(function, *args, **kwargs):
+    """What records `scale`, with this rule for it."""
+
+    def trigger():
+        _, ops = third_party()
+        with registered():
+            sw.rule(ops.scale)(function)
+            run(Net(lambda self, b: ops.scale(b, self.w, *args, **kwargs), w=x(D)))
+
+    return trigger
+
+
+def in_place_op():
+    _, ops = third_party()
+    run(Net(lambda self, b: ops.mend_(b.clone(), self.w), w=x(D)))
+
+
+def wrong_rule():
+    def scale(grad, out, x, weight, power=1):
+        return {"weight": Dense(2 * grad * x)}
+
+    _, ops = third_party()
+    with registered():
+        sw.rule(ops.scale)(scale)
+        testing.check_rule(ops.scale, [testing.Sample((x(), nn.Parameter(x(D))))])
+
+
+def nested():
+    with sw.record(linear()), sw.record(linear()):
+        pass
+
+
+def after_the_recording(backward):
+    def trigger():
+        model = linear()
+        with sw.record(model) as rec:
+            losses = squares(model, x())
+        backward(rec, losses)
+
+    return trigger
+
+
+def changed_after_the_backward():
+    model, batch = linear(), x()
+    rec = run(model, batch)
+    batch.zero_()
+    rec.grads()
+
+
+class Unseen(torch.autograd.Function):
+    """A use of a parameter that a recording cannot see."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.save_for_backward(inputs, weight)
+        return inputs * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, weight = ctx.saved_tensors
+        return grad * weight, (grad * inputs).sum(0)
+
+
+class Late(torch.autograd.Function):
+    """The identity, whose backward brings a use of a layer that its forward did not show."""
+
+    @staticmethod
+    def forward(ctx, inputs, layer):
+        ctx.save_for_backward(inputs)
+        ctx.layer = layer
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inputs,) = ctx.saved_tensors
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(inputs.detach()).square().sum())
+        return grad, None
+
+
+def penalty(model, batch):
+    batch = batch.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(batch).tanh().sum(), batch, create_graph=True)
+    return slope.square().sum(1)
+
+
+def penalty_inside():
+    model = linear()
+    with sw.record(model, create_graph=True) as rec:
+        rec.backward(rec.batched(penalty(model, x())))
+
+
+def declared_in_spite_of_all():
+    model = Net(lambda self, b: self.inner(b.cumsum(0)), inner=linear())
+    with sw.record(model) as rec:
+        rec.backward(rec.batched(squares(model, x())))
+
+
+def assigned(target, index, value):
+    target = target.clone()
+    target[index] = value
+    return target
+
+
+def second_batch():
+    model = linear()
+    with sw.record(model) as rec:
+        rec.backward(squares(model, x()))
+        rec.backward(squares(model, x()))
+
+
+def before_the_model():
+    model = Net(lambda self, b: self.inner(b), inner=linear())
+    batch = x()
+    with sw.record(model):
+        model(model.inner(batch))
+
+
+def unfrozen():
+    model = linear()
+    model.bias.requires_grad_(False)
+    with sw.record(model) as rec:
+        losses = squares(model, x())
+        model.bias.requires_grad_(True)
+        rec.backward(losses)
+
+
+def hooked():
+    model = linear()
+    model.weight.register_hook(lambda grad: grad * 2)
+    run(model)
+
+
+def uncollected():
+    model = linear()
+    with sw.record(model, create_graph=True):
+        squares(model, x()).sum().backward()
+
+
+def batched(tensor, *args, batch_size=N, **kwargs):
+    def trigger():
+        with sw.record(linear(), batch_size=batch_size) as rec:
+            rec.batched(tensor, *args, **kwargs)
+
+    return trigger
+
+
+def quantity(ask):
+    return lambda: ask(run(linear()))
+
+
+def no_batch_yet():
+    with sw.record(linear()) as rec:
+        rec.grads()
+
+
+def backward_without_a_model():
+    with sw.record(linear()) as rec:
+        rec.backward(x(N).requires_grad_())
+
+
+def rule_for_linear():
+    sw.rule(F.linear)(lambda grad, out, a, weight, bias=None: {})
+
+
+MASK = torch.ones(N, N).double()
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to get an error, and what its message says: patterns."""
+
+    trigger: Callable[[], object]
+    # the op or the call
+    call: str
+    found: str
+    remedy: str
+    parameter: str = ""
+    kind: type[Exception] = sw.SamplewiseError
+
+
+TOGETHER, WHERE = "Keep the samples apart", r"in '[\w.]+' \(test_messages.py, line \d+\)"
+AXES = {"found": r"\(3, .* with samples on axis \d.* and \(3, .* with samples on axis \d", "remedy": r"rec.constant\(tensor\)"}
+
+# by the function that builds the message
+CASES: dict[str, Case] = {
+    # --- declarations and shapes
+    "alignment.broadcast: a mask of n by n": Case(
+        net(lambda self, b: self.inner(b) @ self.inner(b).mT + MASK, x(N, N, D)), "^add: ", **AXES, kind=sw.SampleAxisError
+    ),
+    "alignment.stacked: two layouts": Case(
+        net(lambda self, b: self.inner(torch.stack([b, b.transpose(0, 1)])), x(N, N, D)), "^stack: ", **AXES
+    ),
+    "alignment.class_loss: targets the other way round": Case(
+        net(
+            lambda self, b: self.inner(b),
+            x(N, N, D),
+            losses=lambda m, b: F.cross_entropy(m(b).mT, (b[..., 0] > 0).long().t(), reduction="none").sum(1),
+        ),
+        "^cross_entropy_loss: ",
+        **AXES,
+    ),
+    "quantities.Record.batched: another size": Case(
+        batched(x(5, D)), "^batched: ", r"\(5, 4\).*batch size 3", "axis of the samples", kind=ValueError
+    ),
+    "quantities._checked_owners: no batch size": Case(
+        batched(x(5, D), owners=torch.zeros(5).long(), batch_size=None),
+        "^batched: ",
+        "number of samples",
+        "Give `batch_size`",
+        kind=ValueError,
+    ),
+    "quantities._checked_owners: one too few": Case(
+        batched(x(5, D), owners=torch.zeros(4).long()),
+        "^batched: ",
+        r"int64 of shape \(4,\)",
+        "must be 5 int64",
+        kind=ValueError,
+    ),
+    "recording._common_size: two sizes": Case(
+        lambda: run(Net(lambda self, b: self.inner(b[0]), inner=linear()), (x(), x(5))),
+        "^Net: ",
+        "sizes 3, 5 on axis 0",
+        "Give `batch_size`",
+        kind=ValueError,
+    ),
+    # --- what cannot be split over samples
+    "mixing._refusal: lost": Case(
+        net(lambda self, b: self.inner(b.cumsum(0))),
+        f"^linear: .*{WHERE}",
+        r"\(3, 4\) was lost in cumsum",
+        r"rec.batched\(tensor, dim\)",
+        "'inner.weight'",
+        sw.SampleAxisError,
+    ),
+    "mixing._refusal: sorted": Case(
+        net(lambda self, b: self.inner(b.sort(0)[0])), "^linear: ", "lost in sort", TOGETHER, "'inner.weight'"
+    ),
+    "mixing._refusal: some of the chosen rows": Case(
+        net(
+            lambda self, b: b.new_zeros(b.shape).index_add(
+                0, r := (b[:, 0] > -99).nonzero()[:2, 0], self.inner(b[r]) @ self.inner.weight
+            )
+        ),
+        "^linear: ",
+        "lost in getitem",
+        TOGETHER,
+        "'inner.weight'",
+    ),
+    "mixing._refusal: products of samples": Case(
+        net(lambda self, b: (b.t() @ b @ self.w)[:3, None]), "^matmul: ", "lost in matmul", TOGETHER, "'w'"
+    ),
+    "mixing._refusal: nobody's rows": Case(
+        net(lambda self, b: self.inner(torch.cat([b, torch.zeros(1, D).double()]))[:3]),
+        "^linear: ",
+        r"rows of an operand of shape \(4, 4\) belong to no sample",
+        "owners=",
+        "'inner.weight'",
+    ),
+    "mixing._postponed: in place, at once": Case(
+        net(lambda self, b: (self.w * 1).add_(b.cumsum(0)[0])[:3, None]), "^add: ", "lost in cumsum", TOGETHER, "'w'"
+    ),
+    "mixing._postponed.factors: declared batched in spite of it": Case(
+        declared_in_spite_of_all,
+        "^linear: ",
+        "lost in cumsum",
+        TOGETHER,
+        "'inner.weight'",
+    ),
+    "mixing._placed: contracted": Case(
+        net(lambda self, b: (b.t() @ self.rows)[:3], rows=x(N, 2)),
+        "^matmul: brings the samples together",
+        r"shapes \(4, 3\), \(3, 2\), samples on axis 1",
+        "Move the sample axis.*batch_dim",
+        "'rows'",
+        sw.SampleAxisError,
+    ),
+    "entering.enter_aligned: attention over the samples": Case(
+        net(
+            lambda self, b: F.scaled_dot_product_attention(b.transpose(0, 1), self.k, self.k).transpose(0, 1),
+            x(N, 2, D),
+            k=x(1, 5, D),
+        ),
+        "^scaled_dot_product_attention: ",
+        r"axis 1 of an operand of shape \(2, 3, 4\)",
+        "Move the samples to a leading axis",
+        "'k'",
+    ),
+    "entering.enter: joined": Case(
+        net(lambda self, b: torch.cat([b, self.w[None]])),
+        "^cat: joins",
+        r"axis 0, 3 rows and 1\)",
+        "Join along another axis",
+        "'w'",
+    ),
+    "entering.assign: places of no sample": Case(
+        net(lambda self, b: assigned(b, torch.tensor([[0, 1], [1, 2]]), self.w)),
+        "^setitem: ",
+        r"target of shape \(3, 4\)",
+        r"torch.where",
+        "'w'",
+    ),
+    "entering.spread_target: no place for each": Case(
+        net(lambda self, b: (self.w * 1).index_add_(0, torch.tensor([0, 1, 2]), b[:, 0])[:3, None]),
+        "^index_add: ",
+        r"in place into 'w', of shape \(4,\)",
+        "write out of place",
+        "'w'",
+    ),
+    "entering._overwrite: a view": Case(
+        net(lambda self, b: (self.w * 1)[None].add_(b), x(1, D)), "^add: ", "in place into 'w'", "write out of place", "'w'"
+    ),
+    "sample_axis._batch_norm: training": Case(
+        lambda: run(nn.BatchNorm1d(D).double()), "^batch_norm: ", "in training mode", "model.eval()", kind=sw.MixedSamplesError
+    ),
+    "sample_axis._renormalised: max_norm": Case(
+        lambda: run(nn.Embedding(5, 2, max_norm=0.1), torch.tensor([1, 2, 0])),
+        "^embedding: ",
+        "max_norm rescales",
+        "leave max_norm unset",
+        "weight",
+        sw.MixedSamplesError,
+    ),
+    # --- rules and the fallback
+    "rules.embedding.embedding: by frequency": Case(
+        net(lambda self, b: F.embedding((b > 0).long(), self.table, scale_grad_by_freq=True).sum(1), table=x(2, D)),
+        "^embedding: ",
+        "scale_grad_by_freq=True",
+        "leave it False",
+        "table",
+        sw.UnsupportedOpError,
+    ),
+    "rules.convolution.convolution: complex": Case(
+        lambda: run(nn.Conv1d(2, 2, 3, dtype=torch.complex128), x(N, 2, 5) * 1j),
+        "^convolution: ",
+        "complex",
+        "real and imaginary parts",
+        "weight",
+    ),
+    "rules.convolution.transposed_convolution: complex": Case(
+        lambda: run(nn.ConvTranspose1d(2, 2, 3, dtype=torch.complex128), x(N, 2, 5) * 1j),
+        "^transposed convolution: ",
+        "complex",
+        "real and imaginary parts",
+        "weight",
+    ),
+    "rules.recurrent.pack_padded_sequence: unsorted": Case(
+        net(
+            lambda self, b: self.rnn(pack_padded_sequence(b, torch.tensor([1, 3, 2]), batch_first=True))[1][0],
+            x(N, 5, D),
+            rnn=nn.GRU(D, 2, batch_first=True),
+        ),
+        "^pack_padded_sequence: ",
+        r"got \[1, 3, 2\]",
+        "enforce_sorted=False",
+        kind=RuntimeError,
+    ),
+    "registry._free_key: taken": Case(
+        rule_for_linear, "^linear already", "has a rule or an expansion", "an op of your own", kind=ValueError
+    ),
+    "mixing._bind: too many arguments": Case(
+        with_rule(lambda grad, out, x, weight: {}, 2), "scale: ", "3 arguments, its rule knows x, weight", "Add"
+    ),
+    "mixing._bind: an unknown argument": Case(
+        with_rule(lambda grad, out, x, weight: {}, power=2), "scale: ", "the argument power", "Add"
+    ),
+    "mixing._checked: no factor": Case(
+        with_rule(lambda grad, out, x, weight, power=1: {"x": grad}),
+        "scale: ",
+        r"no factor for 'weight' \(w\), got NoneType",
+        "from the rule, or freeze",
+        "w",
+        sw.UnsupportedOpError,
+    ),
+    "mixing._checked: of another shape": Case(
+        with_rule(lambda grad, out, x, weight, power=1: {"weight": Dense(grad[..., :2])}),
+        "scale: ",
+        r"shape \(2,\), expected \(4,\)",
+        "Return",
+        r"'weight' \(w\)",
+    ),
+    "mixing.mix: out": Case(
+        net(lambda self, b: torch.add(b, self.w, out=torch.empty(N, D).double())), "^add: ", "`out=`", "Use the result", "'w'"
+    ),
+    "fallback.fall_back: forbidden": Case(
+        net(lambda self, b: torch.cdist(b, self.codes), codes=x(5, D), options={"fallback": "error"}),
+        "^cdist: ",
+        "no rule gives the gradient",
+        "Register one with `samplewise.rule`",
+        "'codes'",
+        sw.UnsupportedOpError,
+    ),
+    "fallback.fall_back: memory": Case(
+        net(lambda self, b: torch.as_strided_scatter(b, self.w, (D,), (1,))),
+        "^as_strided_scatter: ",
+        "addresses memory, not axes",
+        "slice_scatter",
+        "'w'",
+    ),
+    "fallback.fall_back: several results": Case(
+        net(lambda self, b: torch.linalg.lstsq(b, self.m).solution, x(N, D, D), m=x(N, D, 2)),
+        "^linalg_lstsq: ",
+        "one tensor as result only",
+        "samplewise.rule",
+        "'m'",
+    ),
+    "fallback._in_two_steps: an op in place only": Case(
+        in_place_op, "mend: ", "an in-place op cannot be run sample by sample", "Use it out of place", "'w'"
+    ),
+    "fallback._looped: samples on the op's own axis": Case(
+        net(lambda self, b: torch.cdist(b.mT, self.codes), x(N, 2).mT.contiguous().mT, codes=x(5, N)),
+        "^cdist: ",
+        "cannot be run sample by sample",
+        "Move the sample axis",
+        "'codes'",
+        sw.MixedSamplesError,
+    ),
+    "fallback._refuse_ragged: unequally many rows": Case(
+        net(lambda self, b: torch.cdist(torch.cat([b, b[:1]]), self.codes), codes=x(5, D)),
+        "^cdist: ",
+        "sample by sample",
+        "register a rule",
+        "'codes'",
+    ),
+    "fallback._joined: something else than on the batch": Case(
+        net(lambda self, b: F.mse_loss(b, self.m), m=x(N, D)),
+        "^mse_loss: ",
+        "something else than on the batch",
+        "for a loss, reduction='none'",
+        "'m'",
+        sw.MixedSamplesError,
+    ),
+    "collecting.Collector._pull: a reentrant checkpoint of a parameter": Case(
+        lambda: run(Net(lambda self, b: b * checkpoint(torch.square, self.w, use_reentrant=True), w=x(D))).grads(),
+        "^record: ",
+        "tensor computed from",
+        "without reentrant checkpointing",
+        "'w'",
+    ),
+    # --- life
+    "recording._one_of: a choice": Case(
+        lambda: sw.record(linear(), fallback="never"),
+        "^record: ",
+        "fallback .* got 'never'",
+        "one of 'allow', 'error'",
+        kind=ValueError,
+    ),
+    "recording.Recording.open: nested": Case(nested, "^record: ", "another recording is active", "Close the outer one"),
+    "recording._refuse_unrecordable: a compiled part": Case(
+        lambda: run(nn.Sequential(torch.compile(linear(), backend="eager"))), "^record: 0 ", "torch.compile", "_orig_mod"
+    ),
+    "recording._refuse_unrecordable: lazy": Case(
+        lambda: run(nn.LazyLinear(2)), "^record: ", "no shape yet", "Run the model once", "the model"
+    ),
+    "recording._refuse_hooks: a hook on a gradient": Case(hooked, "^weight: ", "has a hook", "Remove it", "weight"),
+    "recording.Recording._enter_model: a second batch": Case(
+        second_batch, "^Linear: ", "rows of two batches", "Open a new recording", kind=sw.MixedSamplesError
+    ),
+    "recording.Recording._run: before the model": Case(
+        before_the_model, "^linear: ", "number of samples is not known", "Give `batch_size`", "inner.weight"
+    ),
+    "recording.Recording._refuse_transform: vmap": Case(
+        net(lambda self, b: torch.vmap(self.inner)(b)), "^linear: ", "torch.func", "for the whole batch"
+    ),
+    # --- backward
+    "recording.Recording._refuse_unseen: a derivative inside": Case(
+        penalty_inside,
+        "^backward: ",
+        "derivative with create_graph=True",
+        "Take it before",
+    ),
+    "recording.Recording._refuse_unseen: unseen": Case(
+        net(lambda self, b: self.inner(b) + Unseen.apply(b, self.w)[:, :2]),
+        "^w: ",
+        "a use that the recording did not see",
+        "Compute it .* from ordinary ops",
+        "w",
+    ),
+    "recording.Recording.collect: closed": Case(
+        after_the_recording(lambda _, losses: losses.sum().backward()), "^backward: ", "closed", "inside the `with"
+    ),
+    "quantities.Record.backward: closed": Case(
+        after_the_recording(lambda rec, losses: rec.backward(losses)), "^backward: ", "closed", "inside the `with"
+    ),
+    "recording.Recording._check_create_graph: a reduced loss": Case(
+        uncollected, "^backward: ", "create_graph=True", r"rec.backward\(losses\)"
+    ),
+    "recording.Recording.refuse_new_parameters: unfrozen": Case(
+        unfrozen, "^backward: ", "was unfrozen", "before `record`", "bias"
+    ),
+    "mixing._refusal: a reduced loss": Case(
+        reduced(lambda model, batch: squares(model, batch).sum(), Net(lambda self, b: self.inner(b.cumsum(0)), inner=linear())),
+        "^linear: ",
+        "lost in cumsum",
+        TOGETHER,
+        "'inner.weight'",
+    ),
+    "recording.Recording._check_losses: not linear": Case(
+        reduced(lambda model, batch: squares(model, batch).sum().square()),
+        "^backward: ",
+        "no plain sum or mean",
+        "Keep one loss per sample",
+        kind=sw.MixedSamplesError,
+    ),
+    "recording.Recording._check_losses: a weighted mean": Case(
+        reduced(
+            lambda model, batch: F.cross_entropy(model(batch), torch.tensor([0, 1, -100])),
+            loss_reduction="mean",
+        ),
+        "^backward: cross_entropy_loss",
+        "weighted mean",
+        "reduction='none'",
+        kind=sw.MixedSamplesError,
+    ),
+    "recording.Recording._check_losses: no samples": Case(
+        reduced(lambda model, batch: (model(batch), model.weight.square().sum())[1]),
+        "^backward: ",
+        "does not depend on the samples",
+        "from the model's output",
+        kind=sw.SampleAxisError,
+    ),
+    "quantities.Record._check: no model": Case(
+        backward_without_a_model, "^backward: ", "no model was run", "give `batch_size`", kind=sw.SampleAxisError
+    ),
+    "quantities.Record._check: one number": Case(
+        lambda: run(linear(), losses=lambda m, b: squares(m, b).sum()),
+        "^backward: ",
+        r"shape \(3,\), got \(\)",
+        "reduction='none'",
+        kind=ValueError,
+    ),
+    "quantities.Record._check: another order": Case(
+        net(lambda self, b: self.inner(b.roll(1, 0))),
+        "^backward: ",
+        "in the order 2, 0, 1",
+        "keep the samples apart",
+        kind=sw.SampleAxisError,
+    ),
+    "taps._refuse_second: a second derivative": Case(
+        lambda: run(linear(), losses=penalty), "^backward: ", "second derivative", r"record\(..., create_graph=True\)"
+    ),
+    "collecting.Collector._refuse_late: a use that the forward did not show": Case(
+        lambda: sw.per_sample_norms(
+            Net(lambda self, b: self.inner(Late.apply(b * self.w, self.inner)), inner=linear(), w=x(D)), squares, x()
+        ),
+        "^inner.weight: |inner.bias",
+        "last known use",
+        "`samplewise.record`",
+        "inner",
+    ),
+    # --- quantities
+    "collecting.Collector.factors: an input changed": Case(
+        changed_after_the_backward, "^record: ", "changed in place after the backward", "give the recording a copy"
+    ),
+    "quantities.Record.norms: by": Case(
+        quantity(lambda rec: rec.norms(by="layer")), "^norms: ", "got 'layer'", "None or 'parameter'", kind=ValueError
+    ),
+    "quantities.Record.weighted_sum: shape": Case(
+        quantity(lambda rec: rec.weighted_sum(x(2))),
+        "^weighted_sum: ",
+        r"got \(2,\)",
+        r"shape \(3,\), one per sample",
+        kind=ValueError,
+    ),
+    "quantities.clipping_weights: zero": Case(
+        quantity(lambda rec: rec.clipped_sum(0.0)), "max_grad_norm", "got 0.0", "must be positive", kind=ValueError
+    ),
+    "quantities.clipping_weights: no number, in one call": Case(
+        lambda: sw.clipped_grads(linear(), squares, x(), max_grad_norm=float("nan")),
+        "max_grad_norm",
+        "got nan",
+        "must be positive",
+        kind=ValueError,
+    ),
+    "quantities.Record._check_names: no such": Case(
+        quantity(lambda rec: rec.dot({"nothing": x(2)})),
+        "^dot: ",
+        "no such trainable",
+        "named_parameters",
+        "'nothing'",
+        ValueError,
+    ),
+    "quantities.Record._check_names: shape": Case(
+        quantity(lambda rec: rec.project({"bias": x(4, 3)})),
+        "^project: ",
+        r"\(3,\)",
+        r"expected shape \(2,\)",
+        "'bias'",
+        ValueError,
+    ),
+    "quantities.Record.gram: another model": Case(
+        quantity(lambda rec: rec.gram(run(nn.Linear(D, 2, bias=False).double()))),
+        "^gram: ",
+        "different parameters",
+        "Record the same model",
+        "bias",
+        ValueError,
+    ),
+    "quantities.Record._n: no batch yet": Case(no_batch_yet, "^record: ", "no model was run", "Run the model"),
+    # --- the judge
+    "verification._batch_size: no tensors": Case(
+        lambda: sw.verify(linear(), squares, [3.0]), "^verify: ", "none", "at least one tensor with samples", kind=ValueError
+    ),
+    "verification.verify: a value that left torch": Case(
+        lambda: sw.verify(linear(), lambda m, b: squares(m, b) * b.max().item(), x()),
+        r"^\d+ of \d+ comparisons",
+        "relative error .*, tolerance",
+        "eval",
+        "'weight'",
+        sw.VerificationError,
+    ),
+    "testing.check_rule: a wrong rule": Case(
+        wrong_rule,
+        "^scale: sample 0, as given: ",
+        "gradient of shared.0",
+        "batch-of-one loop",
+        "shared.0",
+        sw.VerificationError,
+    ),
+}
+
+
+# --- where messages are made --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """A `raise`, or an error that is made in one place and raised in another."""
+
+    file: str
+    lines: range
+    # the function, as `Class.method.inner`
+    function: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.removesuffix('.py').replace('/', '.')}.{self.function}"
+
+
+# our own bugs, and the protocol of module attributes
+NOT_FOR_USERS = {"AssertionError", "AttributeError"}
+
+
+@functools.cache
+def sites() -> list[Site]:
+    """All of them, in all files of the core."""
+    files = [*SOURCE.glob("*.py"), *(SOURCE / "rules").glob("*.py")]
+    return [site for file in sorted(files) for site in _sites(str(file.relative_to(SOURCE)), file.read_text())]
+
+
+def _sites(file: str, text: str) -> Iterator[Site]:
+    def walk(node: ast.AST, function: str) -> Iterator[Site]:
+        site = Site(file, range(getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) + 1), function)
+        if isinstance(node, ast.Raise):
+            if node.exc is not None and _called(node.exc) not in NOT_FOR_USERS:
+                yield site
+            return
+        if isinstance(node, ast.Call) and issubclass(_known(_called(node)), Exception):
+            yield site
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            function = f"{function}.{node.name}".removeprefix(".")
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, function)
+
+    return walk(ast.parse(text), "")
+
+
+def _called(node: ast.AST) -> str:
+    """The name of what is called, without its module."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "id", getattr(function, "attr", ""))
+
+
+def _known(name: str) -> type:
+    found = getattr(errors, name, None) or getattr(builtins, name, None)
+    return found if inspect.isclass(found) else object
+
+
+# --- where they came from -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a case gave."""
+
+    kind: type[BaseException]
+    message: str
+    # (file, line) of every exception on the way to it, and of where its message was made
+    places: frozenset[tuple[str, int]]
+
+    def came_from(self, site: Site) -> bool:
+        return any(file == site.file and line in site.lines for file, line in self.places)
+
+
+@functools.cache
+def observe(name: str) -> Observation:
+    """Run a case, and see where its error came from."""
+    torch.manual_seed(0)
+    made: list[tuple[sw.SamplewiseError, tuple[str, int]]] = []
+
+    def watched(self: sw.SamplewiseError, *args: object) -> None:
+        RuntimeError.__init__(self, *args)
+        frame = inspect.currentframe().f_back
+        made.append((self, _place(frame.f_code.co_filename, frame.f_lineno)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sw.SamplewiseError, "__init__", watched)
+        with pytest.raises((sw.SamplewiseError, ValueError, RuntimeError)) as caught:
+            CASES[name].trigger()
+    message, raised, error = str(caught.value), set(), caught.value
+    while error is not None:
+        raised |= {_innermost(error.__traceback__)}
+        error = error.__cause__
+    built = {place for one, place in made if str(one) in message}
+    return Observation(caught.type, message, frozenset((raised | built) - {None}))
+
+
+def _innermost(trace: TracebackType | None) -> tuple[str, int] | None:
+    """The last place in our own source that an exception came through."""
+    found = None
+    while trace is not None:
+        found, trace = _place(trace.tb_frame.f_code.co_filename, trace.tb_lineno) or found, trace.tb_next
+    return found
+
+
+def _place(file: str, line: int) -> tuple[str, int] | None:
+    path = Path(file)
+    return (str(path.relative_to(SOURCE)), line) if path.is_relative_to(SOURCE) else None
+
+
+# --- the tests ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_says_what_happened_where_and_what_to_do(name: str) -> None:
+    case, seen = CASES[name], observe(name)
+    assert issubclass(seen.kind, case.kind), f"{seen.kind.__name__}: {seen.message}"
+    for what in ("call", "parameter", "found", "remedy"):
+        assert re.search(getattr(case, what), seen.message), f"{what} {getattr(case, what)!r} is not in: {seen.message}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_comes_from_the_function_it_is_listed_under(name: str) -> None:
+    seen = observe(name)
+    assert name.partition(": ")[0] in {site.name for site in sites() if seen.came_from(site)}, f"{seen.places}: {seen.message}"
+
+
+def test_no_message_is_without_a_case() -> None:
+    seen = [observe(name) for name in CASES]
+    missing = [site for site in sites() if not any(one.came_from(site) for one in seen)]
+    assert not missing, "\n".join(f"no case for {site.name}, {site.file} line {site.lines.start}" for site in missing)
+
+
+SNIPPET = """
+class A:
+    def f(self):
+        try:
+            raise ValueError(
+                "two lines"
+            )
+        except ValueError:
+            raise
+        raise AssertionError("our bug")
+
+    def g(self):
+        def inner():
+            return errors.SampleAxisError("made here")
+        refusal = inner()
+        raise refusal
+"""
+
+
+def test_every_place_that_makes_or_raises_an_error_is_found():
+    found = [(site.name, site.lines) for site in _sites("rules/a.py", SNIPPET)]
+    assert found == [("rules.a.A.f", range(5, 8)), ("rules.a.A.g.inner", range(14, 15)), ("rules.a.A.g", range(16, 17))]
+
+
+def test_a_place_without_a_case_is_noticed():
+    seen = observe("recording._one_of: a choice")
+    assert any(seen.came_from(site) for site in sites())
+    assert not any(seen.came_from(site) for site in sites() if site.name != "recording._one_of")
