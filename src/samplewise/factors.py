@@ -129,8 +129,14 @@ class Outer(Factor):
         return super().inner(other)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        scaled = self.left * weights.to(self.left.dtype)[:, None, None, None]
-        return torch.einsum("ngto,ngti->goi", scaled, self.right).reshape(self.shape)
+        scale = weights.to(self.left.dtype)[:, None, None, None]
+        left, right = self.left, self.right
+        # the narrower of the two is the cheaper to scale
+        left, right = (left * scale, right) if left.shape[3] <= right.shape[3] else (left, right * scale)
+        if left.shape[1] == 1:
+            # one product over all samples and positions, as the ordinary gradient is
+            return (left.flatten(0, 2).mT @ right.flatten(0, 2)).reshape(self.shape)
+        return torch.einsum("ngto,ngti->goi", left, right).reshape(self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
         (_, g, _, o), i = self.left.shape, self.right.shape[-1]
