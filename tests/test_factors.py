@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Size, Tensor
 
-from samplewise.factors import Convolution, Dense, Diagonal, Factor, Outer, Pulled, Rows, Sum, add
+from samplewise.convolutional import Convolution
+from samplewise.factors import Dense, Diagonal, Factor, Outer, Pulled, Rows, Sum, add
 
 GENERATOR = torch.Generator().manual_seed(0)
 Make = Callable[[int], Factor]

@@ -28,7 +28,8 @@ APPLICATIONS = ("attribution", "privacy", "noise_scale", "cli")
 ALLOWED = {
     "errors": set(),
     "factors": {"errors"},
-    "rules": {"axes", "factors", "registry", "contractions", "errors", "rules"},
+    "convolutional": {"factors"},
+    "rules": {"axes", "convolutional", "factors", "registry", "contractions", "errors", "rules"},
     "projections": {"errors"},
     "registry": {"errors"},
     "contractions": {"errors"},

@@ -327,7 +327,7 @@ CASES: dict[str, Case] = {
         "must be 5 int64",
         kind=ValueError,
     ),
-    "recording._common_size: two sizes": Case(
+    "attaching.common_size: two sizes": Case(
         lambda: run(Net(lambda self, b: self.inner(b[0]), inner=linear()), (x(), x(5))),
         "^Net: ",
         "sizes 3, 5 on axis 0",
@@ -556,13 +556,13 @@ CASES: dict[str, Case] = {
         kind=ValueError,
     ),
     "recording.Recording.open: nested": Case(nested, "^record: ", "another recording is active", "Close the outer one"),
-    "recording._refuse_unrecordable: a compiled part": Case(
+    "attaching.refuse_unrecordable: a compiled part": Case(
         lambda: run(nn.Sequential(torch.compile(linear(), backend="eager"))), "^record: 0 ", "torch.compile", "_orig_mod"
     ),
-    "recording._refuse_unrecordable: lazy": Case(
+    "attaching.refuse_unrecordable: lazy": Case(
         lambda: run(nn.LazyLinear(2)), "^record: ", "no shape yet", "Run the model once", "the model"
     ),
-    "recording._refuse_hooks: a hook on a gradient": Case(hooked, "^weight: ", "has a hook", "Remove it", "weight"),
+    "attaching.refuse_hooks: a hook on a gradient": Case(hooked, "^weight: ", "has a hook", "Remove it", "weight"),
     "recording.Recording._enter_model: a second batch": Case(
         second_batch, "^Linear: ", "rows of two batches", "Open a new recording", kind=sw.MixedSamplesError
     ),

@@ -5,9 +5,9 @@ gradients are in `rules`.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .attaching import Entrance, common_size, held_tensors, is_packed, refuse_hooks, refuse_unrecordable
 from .axes import Axis, Call, Lost, Where, tensors_in
 from .collecting import Collector, Shared, leaves_of
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
@@ -90,16 +91,16 @@ class Recording(TorchFunctionMode):
                 "record: another recording is active here, and recordings do not nest. Close the outer one first."
             )
         modules = dict(self.model.named_modules())
-        _refuse_unrecordable(modules)
+        refuse_unrecordable(modules)
         self._modules = list(modules.values())
         self._names_of = {id(p): name for name, p in self.parameters.items()}
-        for tensor in _held_tensors(self._modules):
+        for tensor in held_tensors(self._modules):
             self.declare(tensor, CONSTANT)
         for name, parameter in self.parameters.items():
-            _refuse_hooks(name, parameter)
+            refuse_hooks(name, parameter)
             self.declare(parameter, Shared(frozenset({name})))
         self._watch()
-        self._handles.append(self.model.register_forward_pre_hook(_Entrance(self._enter_model), with_kwargs=True, prepend=True))
+        self._handles.append(self.model.register_forward_pre_hook(Entrance(self._enter_model), with_kwargs=True, prepend=True))
         self._open = True
 
     def close(self) -> None:
@@ -190,10 +191,10 @@ class Recording(TorchFunctionMode):
                 f"{type(self.model).__name__}: this recording already holds the gradients of a batch, and rows of two batches "
                 "are never added. Open a new recording for each batch, or run all forwards before the backward."
             )
-        inputs = [x for x in tree_leaves((args, kwargs), is_leaf=_is_packed) if isinstance(x, Tensor)]
-        packed = [x for x in tree_leaves((args, kwargs), is_leaf=_is_packed) if _is_packed(x)]
+        inputs = [x for x in tree_leaves((args, kwargs), is_leaf=is_packed) if isinstance(x, Tensor)]
+        packed = [x for x in tree_leaves((args, kwargs), is_leaf=is_packed) if is_packed(x)]
         if self.n is None:
-            self.n = _common_size(self.model, inputs, packed, self.batch_dim)
+            self.n = common_size(self.model, inputs, packed, self.batch_dim)
         with unrecorded():
             for sequence in packed:
                 self._enter_packed(sequence)
@@ -447,30 +448,6 @@ class Recording(TorchFunctionMode):
                 )
 
 
-class _Entrance:
-    """The hook that a recording leaves on a model while it is open; a copy of the model gets one that does nothing."""
-
-    def __init__(self, enter: Callable[..., None]) -> None:
-        self._enter = enter
-
-    def __call__(self, *args: Any) -> None:
-        self._enter(*args)
-
-    def __deepcopy__(self, _: object) -> Callable[..., None]:
-        return _pass
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _passing, ()
-
-
-def _pass(*_: object) -> None:
-    """What is left of the hook in a copy."""
-
-
-def _passing() -> Callable[..., None]:
-    return _pass
-
-
 def _common_axis(tensors: list[Tensor], kinds: list[Kind]) -> Axis | None:
     """The one axis, of a plain pattern, on which all tensors of a call have their samples; None in any other case."""
     first = kinds[0] if kinds else None
@@ -521,58 +498,3 @@ def unrecorded() -> Iterator[None]:
 def _one_of(name: str, value: str, *choices: str) -> None:
     if value not in choices:
         raise ValueError(f"record: {name} is one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Buffers, and other tensors that modules hold: masks, tables, position ids."""
-    for module in modules:
-        yield from (x for x in module._buffers.values() if x is not None)  # noqa: SLF001
-        for key, value in vars(module).items():
-            if key not in _OF_EVERY_MODULE and isinstance(value, Tensor | tuple | list | dict):
-                yield from tensors_in(value)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-def _refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
-    """Modules that the recording cannot see into, or whose parameters do not exist yet."""
-    compiled = [
-        name or "the model"
-        for name, module in modules.items()
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-    ]
-    if compiled:
-        raise UnsupportedOpError(
-            f"record: {', '.join(compiled)} is compiled by torch.compile, and the recording cannot see into it. Record the module that "
-            "was compiled (its `_orig_mod`), which shares its parameters; after `module.compile()`, a copy made before it."
-        )
-    lazy = [name for name, module in modules.items() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
-    if any(nn.parameter.is_lazy(p) for name in lazy for p in modules[name].parameters()):
-        raise UnsupportedOpError(
-            f"record: {', '.join(name or 'the model' for name in lazy)} is lazy, and its parameters have no shape yet. Run the model once "
-            "before the recording."
-        )
-
-
-def _refuse_hooks(name: str, parameter: nn.Parameter) -> None:
-    hooks = (parameter._backward_hooks or {}).values()  # noqa: SLF001
-    if any(not (getattr(hook, "__module__", None) or "").startswith(f"{__package__}.") for hook in hooks):
-        raise UnsupportedOpError(
-            f"{name}: has a hook on its gradient, which per-sample gradients would not pass through. Remove it for the recording, and "
-            "apply to the results what it does."
-        )
-
-
-def _is_packed(value: object) -> TypeGuard[PackedSequence]:
-    return isinstance(value, PackedSequence)
-
-
-def _common_size(model: nn.Module, inputs: list[Tensor], packed: list[PackedSequence], dim: int) -> int:
-    sizes = sorted({x.shape[dim] for x in inputs if x.ndim > dim} | {int(x.batch_sizes[0]) for x in packed})
-    if len(sizes) != 1:
-        found = f"sizes {', '.join(map(str, sizes))}" if sizes else "no tensor with such an axis"
-        raise ValueError(
-            f"{type(model).__name__}: the batch size is not clear from the inputs: {found} on axis {dim}. Give `batch_size`."
-        )
-    return sizes[0]

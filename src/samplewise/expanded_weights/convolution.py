@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Size, Tensor
 
+from samplewise.convolutional import Convolution
 from samplewise.errors import SamplewiseError
-from samplewise.factors import Convolution
 
 from .helpers import standard_kwargs
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samplewise.factors import Convolution, Dense, Factor
+from samplewise.convolutional import Convolution
+from samplewise.factors import Dense, Factor
 from samplewise.registry import rule
 
 

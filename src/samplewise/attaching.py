@@ -1,0 +1,93 @@
+"""What a recording looks at in a model: what it holds, what forbids to record it, and where the samples enter."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .axes import tensors_in
+from .errors import UnsupportedOpError
+
+
+def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Buffers, and other tensors that modules hold: masks, tables, position ids."""
+    for module in modules:
+        yield from (x for x in module._buffers.values() if x is not None)  # noqa: SLF001
+        for key, value in vars(module).items():
+            if key not in _OF_EVERY_MODULE and isinstance(value, Tensor | tuple | list | dict):
+                yield from tensors_in(value)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
+    """Modules that the recording cannot see into, or whose parameters do not exist yet."""
+    compiled = [
+        name or "the model"
+        for name, module in modules.items()
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+    ]
+    if compiled:
+        raise UnsupportedOpError(
+            f"record: {', '.join(compiled)} is compiled by torch.compile, and the recording cannot see into it. Record the module that "
+            "was compiled (its `_orig_mod`), which shares its parameters; after `module.compile()`, a copy made before it."
+        )
+    lazy = [name for name, module in modules.items() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
+    if any(nn.parameter.is_lazy(p) for name in lazy for p in modules[name].parameters()):
+        raise UnsupportedOpError(
+            f"record: {', '.join(name or 'the model' for name in lazy)} is lazy, and its parameters have no shape yet. Run the model once "
+            "before the recording."
+        )
+
+
+def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
+    """A hook would change an ordinary gradient, which does not exist here."""
+    hooks = (parameter._backward_hooks or {}).values()  # noqa: SLF001
+    if any(not (getattr(hook, "__module__", None) or "").startswith(f"{__package__}.") for hook in hooks):
+        raise UnsupportedOpError(
+            f"{name}: has a hook on its gradient, which per-sample gradients would not pass through. Remove it for the recording, and "
+            "apply to the results what it does."
+        )
+
+
+def is_packed(value: object) -> TypeGuard[PackedSequence]:
+    """Whether it is a packed sequence, as far as the type checker is concerned too."""
+    return isinstance(value, PackedSequence)
+
+
+def common_size(model: nn.Module, inputs: list[Tensor], packed: list[PackedSequence], dim: int) -> int:
+    """The batch size, if the inputs of a model agree on it."""
+    sizes = sorted({x.shape[dim] for x in inputs if x.ndim > dim} | {int(x.batch_sizes[0]) for x in packed})
+    if len(sizes) != 1:
+        found = f"sizes {', '.join(map(str, sizes))}" if sizes else "no tensor with such an axis"
+        raise ValueError(
+            f"{type(model).__name__}: the batch size is not clear from the inputs: {found} on axis {dim}. Give `batch_size`."
+        )
+    return sizes[0]
+
+
+class Entrance:
+    """The hook that a recording leaves on a model while it is open; a copy of the model gets one that does nothing."""
+
+    def __init__(self, enter: Callable[..., None]) -> None:
+        self._enter = enter
+
+    def __call__(self, *args: Any) -> None:
+        """Hand the arguments of the model's forward on."""
+        self._enter(*args)
+
+    def __deepcopy__(self, _: object) -> Callable[..., None]:
+        return _pass
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _passing, ()
+
+
+def _pass(*_: object) -> None:
+    """What is left of the hook in a copy."""
+
+
+def _passing() -> Callable[..., None]:
+    return _pass
