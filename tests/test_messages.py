@@ -271,6 +271,7 @@ def rule_for_linear():
 
 
 MASK = torch.ones(N, N).double()
+WEIGHTS = torch.ones(N).double()
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------------
@@ -309,6 +310,15 @@ CASES: dict[str, Case] = {
         ),
         "^cross_entropy_loss: ",
         **AXES,
+    ),
+    "alignment.class_loss: as many class weights as samples": Case(
+        net(
+            lambda self, b: torch.cat([self.inner(b), b[:, :1]], 1),
+            losses=lambda m, b: F.cross_entropy(m(b), torch.zeros(N).long(), WEIGHTS, reduction="none"),
+        ),
+        "^cross_entropy_loss: ",
+        r"\(3, 3\) with samples on axis 0 and \(3,\) with samples on axis 0",
+        AXES["remedy"],
     ),
     "quantities.Record.batched: another size": Case(
         batched(x(5, D)), "^batched: ", r"\(5, 4\).*batch size 3", "axis of the samples", kind=ValueError

@@ -385,6 +385,9 @@ def class_loss(call: Call, _: Tensor) -> Where:
     """Cross entropy and negative log likelihood: input (n, c, ...), target (n, ...)."""
     logits, target, weight = call.args[0], call.get(1, "target"), call.get(2, "weight")
     axis = call.where(logits)
+    if isinstance(weight, Tensor) and isinstance(axis, Axis) and isinstance(call.where(weight), Axis):
+        # there is one for each class, whatever its size suggests
+        raise SampleAxisError(_conflict(call, logits, weight))
     classes = 1 if logits.ndim > 1 else 0
     if isinstance(axis, Axis) and axis.dim == classes:
         return Lost(call.name)

@@ -98,7 +98,7 @@ def _overwrite(recording: Recorder, call: Call, entered: Tensor) -> None:
     if target.is_leaf or target._is_view():  # noqa: SLF001
         raise UnsupportedOpError(
             f"{call.name}: writes batched values in place into {names_of(recording, [target])}, which all samples share. "
-            "Expand and clone it over the samples and write there, or write out of place."
+            "Expand and clone it over the samples and write into all of that (not a view of it), or write out of place."
         )
     target.detach_()
     target.copy_(entered)

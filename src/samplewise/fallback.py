@@ -65,7 +65,9 @@ def _in_two_steps(recording: Recorder, op: Operation, call: Call) -> Tensor:
             "it out of place."
         )
     with recording:
-        written: Tensor = call.tensors[0].copy_(plain(*call.args, **call.kwargs))
+        # on a copy, for the op may keep its operand for the backward
+        result = plain(call.tensors[0].clone(), *call.args[1:], **call.kwargs)
+        written: Tensor = call.tensors[0].copy_(result)
     return written
 
 
