@@ -293,6 +293,13 @@ class Case:
 TOGETHER, WHERE = "Keep the samples apart", r"in '[\w.]+' \(test_messages.py, line \d+\)"
 AXES = {"found": r"\(3, .* with samples on axis \d.* and \(3, .* with samples on axis \d", "remedy": r"rec.constant\(tensor\)"}
 
+
+def hooked_twice(self: nn.Module, b: Tensor) -> Tensor:
+    v = self.w * 2
+    v.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+    return b * v + v.cos()
+
+
 # by the function that builds the message
 CASES: dict[str, Case] = {
     # --- declarations and shapes
@@ -555,6 +562,20 @@ CASES: dict[str, Case] = {
         "^record: ",
         "tensor computed from",
         "without reentrant checkpointing",
+        "'w'",
+    ),
+    "collecting.Collector._opaque: two uses behind a hook": Case(
+        lambda: run(Net(hooked_twice, w=x(D))).grads(),
+        "^record: ",
+        "w reaches several uses through a hook",
+        "Use its result once",
+        "w",
+    ),
+    "recording.Recording._refuse_ordinary: by a parameter": Case(
+        net(lambda self, b: b - torch.autograd.grad((b * self.w).sum(), self.w)[0], w=x(D)),
+        "^autograd.grad: ",
+        "depends on the samples",
+        "take it outside",
         "'w'",
     ),
     # --- life

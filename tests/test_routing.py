@@ -90,7 +90,6 @@ def test_unpadded_sequences():
     ids = torch.tensor([1, 5, 2, 8, 8, 1])
     with sw.record(model, batch_size=3) as rec:
         rec.batched(ids, owners=owners)
-        rec.constant(owners)
         rec.backward(model(ids, owners, 3).sin().sum(1))
     same(rec, model, [model(part, torch.zeros_like(part), 1).sin().sum() for part in ids.split([3, 1, 2])])
 
@@ -213,10 +212,30 @@ def halves_by_score(model, h, _):
 
 @pytest.mark.parametrize("run", [by_mask, sorted_by_expert], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("n", [2, 3, 6])
-def test_experts(run, n):
-    torch.manual_seed(n)
-    model, h = Experts(run).double(), x(n, 6 // n * 2, 4)
+@pytest.mark.parametrize("seed", range(6))
+def test_experts(run, n, seed):
+    torch.manual_seed(seed)
+    model, h = Experts(run).double(), x(n, 6 // n * 2, 4, seed=seed)
     assert not sw.verify(model, lambda m, h: m(h).sin().sum((1, 2)), h).failures
+
+
+def split_in_the_middle(model, h, choice):
+    order = choice.clamp(max=1).argsort(stable=True)
+    low, high = h[order].chunk(2)
+    return torch.empty_like(h).index_copy(0, order, torch.cat([model.experts[0](low), model.experts[1](high)]))
+
+
+def test_a_cut_through_rows_of_one_expert_is_refused():
+    # whatever pattern the sorted rows happen to lie in
+    signs = torch.tensor([-1.0, 1, 1, 1]).double()
+    model, h = Experts(split_in_the_middle).double(), x(2, 2, 4).abs() * signs.view(2, 2, 1)
+    model.router = nn.Linear(4, 2).double()
+    model.router.weight.data, model.router.bias.data = (
+        torch.tensor([[-1.0, 0, 0, 0], [1, 0, 0, 0]]).double(),
+        torch.zeros(2).double(),
+    )
+    with pytest.raises(sw.SampleAxisError, match="was lost in chunk"), sw.record(model) as rec:
+        rec.backward(model(h).sin().sum((1, 2)))
 
 
 @pytest.mark.parametrize("run", [with_a_capacity, halves_by_score], ids=lambda f: f.__name__)

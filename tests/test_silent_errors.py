@@ -454,3 +454,21 @@ def test_autocast(dtype: torch.dtype) -> None:
     for name, rows in rec.grads().items():
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows, wanted[name], rtol=0.05, atol=0.05)
+
+
+def test_a_hook_on_a_derived_weight_sees_each_sample_alone():
+    torch.manual_seed(0)
+
+    def forward(self, b):
+        v = self.w * 2
+        v.register_hook(lambda grad: grad / grad.norm())
+        return (b @ v).tanh()
+
+    model, b = Net(forward, w=x(4, 2)), x(3, 4)
+    with sw.record(model) as rec:
+        rec.backward(model(b).square().sum(1))
+    rows = [torch.autograd.grad(model(row[None]).square().sum(), model.w)[0] for row in b]
+    torch.testing.assert_close(rec.grads()["w"], torch.stack(rows))
+    weights = torch.tensor([1.0, -2, 3]).double()
+    torch.testing.assert_close(rec.weighted_sum(weights)["w"], sum(c * row for c, row in zip(weights, rows, strict=True)))
+    torch.testing.assert_close(rec.norms(), torch.stack(rows).flatten(1).norm(dim=1))

@@ -28,11 +28,11 @@ class Selection:
     def may_take(self, places: Iterable[int], axis: "Axis", n: int) -> bool:
         """Whether rows at some places are told from the others by their own keys, and not by the other samples."""
         taken, rows = set(places), axis.size(n)
-        if len(taken) == rows or in_step_now():
+        if not taken or len(taken) == rows or in_step_now():
             return True
         if self.keys is None or not self.keys or rows % len(self.keys):
             return False
-        inner, count = (axis.inner, len(self.keys)) if axis.ragged is None else (1, rows)
+        inner, count = (axis.inner, len(self.keys)) if len(self.keys) < rows else (1, rows)
         classes: dict[tuple[int, ...], bool] = {}
         for row in range(rows):
             key = (self.keys[row // inner % count % len(self.keys)], row % inner, row // (inner * count))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .errors import SamplewiseError, UnsupportedOpError
@@ -47,6 +48,18 @@ class Source:
     def key(self) -> object:
         """Uses with the same key have gradients that add up."""
         return self.names if self.edge is None else (self.edge.node, self.edge.output_nr)
+
+
+def _behind(edge: GradientEdge | None) -> set[Any]:
+    """All nodes of the history of a derived tensor."""
+    seen: set[Any] = set()
+    ahead: list[Any] = [] if edge is None else [edge.node]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [following[0] for following in node.next_functions]
+    return seen
 
 
 def leaves_of(tensor: Tensor, until: tuple[type, ...] = ()) -> list[Tensor]:
@@ -103,6 +116,8 @@ class Collector:
         self._consumed: set[str] = set()
         # what the factors hold, with the versions it had
         self._kept: list[tuple[Tensor, int]] = []
+        # the graph nodes of tensors with hooks that parameters were derived through
+        self._hooked: set[Any] = set()
         self.empty = True
 
     def expect(self, source: Source, op: str, how: str) -> list[Use]:
@@ -113,6 +128,11 @@ class Collector:
             self._expected[use.parameter] = self._expected.get(use.parameter, 0) + (1 if source.edge is None else math.inf)
         self.uses += new
         return new
+
+    def note_hooks(self, tensor: Tensor) -> None:
+        """A tensor computed from parameters is used: hooks on it will see the gradients that are pulled back through it."""
+        if tensor._backward_hooks and not tensor.is_leaf:  # noqa: SLF001
+            self._hooked.add(tensor.grad_fn)
 
     def expect_hidden(self, names: frozenset[str]) -> None:
         """Note a use without gradient, such as the first pass of a checkpoint: its parameter cannot finish early."""
@@ -165,17 +185,47 @@ class Collector:
                 "record: a tensor that the gradients are made of (an input of the model, perhaps) was changed in place after the "
                 "backward. Ask for the quantities first, or give the recording a copy."
             )
+        opaque = self._opaque()
         terms: dict[str, list[Factor]] = {}
         for source, factors in self._arrived.values():
             for name in source.names:
                 one = add(factors)
-                terms.setdefault(name, []).append(one if source.edge is None else self._pulled(source, one, name))
+                terms.setdefault(name, []).append(
+                    one if source.edge is None else self._pulled(source, one, name, linear=source.key not in opaque)
+                )
         return {name: add(terms[name]) for name in self.parameters if name in terms}
 
-    def _pulled(self, source: Source, factor: Factor, name: str) -> Factor:
+    def _opaque(self) -> set[object]:
+        """The sources behind which a hook, or a function with a backward of its own, may make something else of a sum than a sum.
+
+        Raises:
+            UnsupportedOpError: If two sources lie before the same: it would see their gradients one by one.
+        """
+        before: dict[Any, Source] = {}
+        found: set[object] = set()
+        for source, _ in self._arrived.values():
+            for node in _behind(source.edge):
+                if isinstance(node, BackwardCFunction) or node in self._hooked:
+                    if node in before:
+                        names = ", ".join(sorted(source.names & before[node].names))
+                        raise UnsupportedOpError(
+                            f"record: {names} reaches several uses through a hook or a torch.autograd.Function with its own backward, "
+                            "which would see their gradients one by one and not their sum. Use its result once, or compute it with "
+                            "ordinary ops."
+                        )
+                    before[node] = source
+                    found.add(source.key)
+        return found
+
+    def _pulled(self, source: Source, factor: Factor, name: str, *, linear: bool) -> Factor:
         parameter = self.parameters[name]
         return Pulled(
-            factor, lambda rows: self._pull(source, rows, parameter), source.isometric, parameter.shape, source.region
+            factor,
+            lambda rows: self._pull(source, rows, parameter),
+            source.isometric and linear,
+            parameter.shape,
+            source.region,
+            linear,
         )
 
     def _pull(self, source: Source, rows: Tensor, parameter: nn.Parameter) -> Tensor:

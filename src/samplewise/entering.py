@@ -64,6 +64,7 @@ def source_of(recording: Recorder, tensor: Tensor) -> Source:
     """The use of a shared tensor here and now."""
     kind = recording.kind(tensor)
     assert isinstance(kind, Shared)
+    recording.collector.note_hooks(tensor)
     return Source.of(tensor, kind)
 
 

@@ -8,7 +8,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Size, Tensor
@@ -298,20 +298,22 @@ class Pulled(Factor):
     """The gradient of a parameter whose derived tensor has gradient `factor`: weight norm, slices, transposes, casts."""
 
     factor: Factor
-    # (m, *factor.shape) -> (m, *shape), linear and batched
+    # (m, *factor.shape) -> (m, *shape), row by row
     pull: Callable[[Tensor], Tensor]
     # every entry of the derived tensor is another entry of the parameter: norms carry over
     isometric: bool
     shape: Size
     # the memory of the parameter that the derived tensor is a view of, as a range of elements
     region: range | None = None
+    # a hook on the derived tensor may make it otherwise
+    linear: bool = True
 
     @property
     def n(self) -> int:
         return self.factor.n
 
     def regroup(self, n: int) -> "Pulled":
-        return Pulled(self.factor.regroup(n), self.pull, self.isometric, self.shape, self.region)
+        return replace(self, factor=self.factor.regroup(n))
 
     def to_dense(self) -> Tensor:
         return self.pull(self.factor.to_dense())
@@ -320,7 +322,7 @@ class Pulled(Factor):
         return self.factor.sq_norms() if self.isometric else super().sq_norms()
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return self.pull(self.factor.weighted_sum(weights)[None])[0]
+        return self.pull(self.factor.weighted_sum(weights)[None])[0] if self.linear else super().weighted_sum(weights)
 
 
 @dataclass(frozen=True)

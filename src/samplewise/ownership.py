@@ -28,6 +28,9 @@ def _marks(axis: Axis, x: Tensor, n: int) -> Tensor:
 
 def axis_of(found: Tensor, n: int, op: str) -> Where | None:
     """The axis along which the owners of elements differ; None where nobody owns any, lost where there is no such axis."""
+    if not found.numel():
+        # no rows of nobody's: a part that no sample came to
+        return Axis(found.shape.index(0), ragged=())
     if (found == NOBODY).all():
         return None
     for dim in range(max(1, found.ndim)):

@@ -60,7 +60,10 @@ class Record:
         """
         n, dim = self._recording.n, dim % tensor.ndim
         if owners is not None:
-            self._recording.declare(tensor, Axis.of_rows(dim, _checked_owners(owners, tensor, dim, n), n or 0))
+            rows = _checked_owners(owners, tensor, dim, n)
+            self._recording.declare(tensor, Axis.of_rows(dim, rows, n or 0))
+            # numbers of samples, whatever their count suggests
+            self._recording.declare(owners, DECLARED_CONSTANT)
             return tensor
         if n is not None and tensor.shape[dim] != n:
             raise ValueError(

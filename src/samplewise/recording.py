@@ -241,6 +241,11 @@ class Recording(TorchFunctionMode):
                 if not in_backward():
                     self._check_losses(losses)
                 self._look_for_unseen(losses)
+                self._refuse_ordinary(losses, kwargs.get("inputs"))
+            elif func is torch.autograd.grad:
+                self._refuse_ordinary(
+                    *(args[k] if k < len(args) else kwargs[name] for k, name in enumerate(("outputs", "inputs")))
+                )
             with self, self._inside(func, inner):
                 out = inner(*args, **kwargs)
             if out is not NotImplemented:
@@ -336,6 +341,8 @@ class Recording(TorchFunctionMode):
         assert isinstance(first, Shared)
         alone = not others and not op.inplace
         unexpanded = shared[0] if alone and op.name in EXPANDS else None
+        for x in shared:
+            self.collector.note_hooks(x)
         return Shared(names, alone and first.isometric and op.name in MOVES, unexpanded)
 
     def _names(self, shared: list[Tensor]) -> frozenset[str]:
@@ -359,6 +366,17 @@ class Recording(TorchFunctionMode):
                 torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
         finally:
             self._from_losses = False
+
+    def _refuse_ordinary(self, outputs: Any, inputs: Any) -> None:
+        """Refuse a derivative of samples by parameters: the ops in between ran on detached parameters, so it would be zero."""
+        wanted = [x for x in tensors_in((inputs,)) if isinstance(self.kind(x), Shared)]
+        of_samples = any(self.where(x) for x in tensors_in((outputs,)))
+        if wanted and of_samples and not (self.create_graph and not self.collector.empty):
+            raise UnsupportedOpError(
+                f"autograd.grad: a derivative by {' and '.join(map(repr, sorted(self._names(wanted))))} is taken inside the recording, of "
+                "something that depends on the samples. A recording has no ordinary gradients: take it outside, or ask for it after "
+                "`rec.backward` of a recording with create_graph=True."
+            )
 
     def _look_for_unseen(self, losses: Tensor | Sequence[Tensor]) -> None:
         """Before every backward seen, also of a recomputation; a derivative of what was collected may go anywhere."""
