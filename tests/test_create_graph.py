@@ -187,6 +187,17 @@ class Double(torch.autograd.Function):
         return grad * w, (grad * x).sum(0)
 
 
+def test_a_sample_without_a_gradient_has_a_derivative_of_zero():
+    w = p(2)
+    model, x = Lambda(lambda s, x: (x * s.w).square(), w=w).double(), torch.tensor([[1.0, 2.0], [0.0, 0.0]]).double()
+    with sw.record(model, create_graph=True) as rec:
+        rec.backward(model(x).sum(1))
+    for found in (rec.norms().sum(), rec.norms(by="parameter")["w"].sum(), rec.clipped_sum(0.5)["w"].sum()):
+        assert torch.autograd.grad(found, model.w, retain_graph=True)[0].isfinite().all()
+    alone = torch.autograd.grad((model(x[:1])).sum(), model.w, create_graph=True)[0].norm()
+    torch.testing.assert_close(torch.autograd.grad(rec.norms().sum(), model.w)[0], torch.autograd.grad(alone, model.w)[0])
+
+
 def test_what_it_cannot_do_raises():
     model = Lambda(lambda s, x: F.linear(Double.apply(x, s.w), s.v), w=p(4), v=p(3, 4)).double()
     with (

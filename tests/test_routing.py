@@ -259,3 +259,31 @@ def test_a_loop_over_samples_and_two_views():
         return (first * second).sum((1, 2)) + alone
 
     assert not sw.verify(model, losses, h).failures
+
+
+def cut_by_place(model, h, use):
+    rows = model(h).square().sum(-1).reshape(-1)
+    use(rows, rows.argsort()).sum().backward()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sorted_rows_beside_unsorted_ones_have_no_places(seed):
+    model, h = nn.Linear(1, 1).double(), x(2, 2, 1, seed=seed)
+    for use in (
+        lambda r, o: (r[o] + r)[:2],
+        lambda r, o: (torch.zeros_like(r) + r[o])[:2],
+        lambda r, o: (r + r[o]).view(2, 2)[0],
+    ):
+        with pytest.raises(sw.SamplewiseError), sw.record(model):
+            cut_by_place(model, h, use)
+
+
+def test_single_entries_of_a_vector_of_samples():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1).double()
+
+    def losses(m: nn.Module, h: Tensor) -> Tensor:
+        v = m(h)[:, 0]
+        return torch.stack([v[i] * m.bias[0] for i in range(len(v))]) + torch.stack([e.sin() * m.weight.sum() for e in v])
+
+    assert not sw.verify(model, losses, x(3, 4)).failures

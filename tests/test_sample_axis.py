@@ -98,8 +98,10 @@ def check(op: Op, placed: list[Placed], n: int) -> str:
         return "right"
     for out, where in found:
         if isinstance(where, Axis):
-            assert 0 <= where.dim < out.ndim, f"{where} in {tuple(out.shape)}"
-            assert out.shape[where.dim] == where.size(n), f"{where} in {tuple(out.shape)}"
+            # a number that is one sample's has its one row on axis 0
+            shape = out.shape if out.ndim else (1,)
+            assert 0 <= where.dim < len(shape), f"{where} in {tuple(out.shape)}"
+            assert shape[where.dim] == where.size(n), f"{where} in {tuple(out.shape)}"
     for sample in range(n):
         moved = results(op, [perturbed(x, axis, n, sample) for x, axis in placed])
         plain = results(op, tensors)
@@ -108,7 +110,12 @@ def check(op: Op, placed: list[Placed], n: int) -> str:
             if where is None:
                 assert not changed(plain[place], moved[place]).any(), f"{said}, but depends on sample {sample}"
             elif isinstance(where, Axis):
-                others = (where.owners(n) != sample).reshape(-1, *[1] * (out.ndim - where.dim - 1)).expand(out.shape)
+                others = (
+                    (where.owners(n) != sample).reshape(-1, *[1] * (out.ndim - where.dim - 1))
+                    if out.ndim
+                    else where.owners(n)[0] != sample
+                )
+                others = others.expand(out.shape)
                 touched = (
                     changed(plain[place], moved[place]) if where.ragged is None else flows(op, placed, n, sample, place, others)
                 )

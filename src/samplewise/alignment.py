@@ -4,7 +4,7 @@ Each function is one family of ops: `(call, out)` are the call and a result.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -30,8 +30,10 @@ def broadcast(call: Call, out: Tensor) -> Where:
                 raise SampleAxisError(_conflict(call, first, x))
             if merged is None:
                 # losses of single samples that are added up
-                return Lost(call.name, linear=call.name in {"add", "sub"}, uniform=False)
+                plain = not any(own.chosen for _, own in call.placed())
+                return Lost(call.name, linear=plain and call.name in {"add", "sub"}, uniform=False)
             found = merged
+        found = found if found.chosen is not None else replace(found, chosen=placed.chosen)
     return Lost(call.name) if found.chosen is not None and _placed_by_a_constant(call, out, found) else found
 
 

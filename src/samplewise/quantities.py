@@ -147,7 +147,7 @@ class Record:
             squares = {name: factor.sq_norms() for name, factor in self.factors().items()}
             if by is None:
                 return total_norms(squares, self._n(), self._like())
-            return {name: squares[name].sqrt() if name in squares else self._zeros() for name in self._recording.parameters}
+            return {name: root(squares[name]) if name in squares else self._zeros() for name in self._recording.parameters}
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """`sum_n weights[n] grad[n]`, as `{name: shape}`; `weights` is `(n,)`.
@@ -403,12 +403,18 @@ def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
     """`min(1, max_grad_norm / norms)`; a zero norm gives 1."""
     if not max_grad_norm > 0:
         raise ValueError(f"clipping: max_grad_norm must be positive, got {max_grad_norm}")
-    return torch.where(norms > max_grad_norm, max_grad_norm / norms, torch.ones_like(norms))
+    return max_grad_norm / norms.clamp_min(max_grad_norm)
 
 
 def total_norms(squares: Mapping[str, Tensor], n: int, like: Tensor) -> Tensor:
     """The norm over all parameters from the squared norms of each."""
-    return _total(list(squares.values()), Dense(like.new_zeros(n, 1)).sq_norms()).sqrt()
+    return root(_total(list(squares.values()), Dense(like.new_zeros(n, 1)).sq_norms()))
+
+
+def root(squares: Tensor) -> Tensor:
+    """The square root, with derivative zero at zero as a norm has it."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 
 
 def _stream(

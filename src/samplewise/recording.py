@@ -469,11 +469,13 @@ class Recording(TorchFunctionMode):
 def _common_axis(tensors: list[Tensor], kinds: list[Kind]) -> Axis | None:
     """The one axis, of a plain pattern, on which all tensors of a call have their samples; None in any other case."""
     first = kinds[0] if kinds else None
-    if not isinstance(first, Axis) or first.ragged is not None or first.chosen is not None:
+    if not isinstance(first, Axis) or first.ragged is not None:
         return None
     ndim = tensors[0].ndim
-    alike = all(kind == first and x.ndim == ndim for x, kind in zip(tensors[1:], kinds[1:], strict=True))
-    return first if alike else None
+    for x, kind in zip(tensors, kinds, strict=True):
+        if not isinstance(kind, Axis) or kind != first or kind.chosen is not None or x.ndim != ndim:
+            return None
+    return first
 
 
 def modes() -> list[Any]:

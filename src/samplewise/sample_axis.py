@@ -85,7 +85,8 @@ def follow(call: Call, out: Tensor) -> Where | None:
         # a mean over picked or packed rows is none over samples
         return Lost(where.op, where.linear, where.uniform and all(axis.ragged is None for _, axis in call.placed()))
     # a constant that broadcasts over the rows, and the like
-    fits = isinstance(where, Lost) or out.shape[where.dim : where.dim + 1] == (where.size(call.n),)
+    shape = tuple(out.shape) if out.ndim else (1,)
+    fits = isinstance(where, Lost) or shape[where.dim : where.dim + 1] == (where.size(call.n),)
     return where if fits else Lost(call.name)
 
 
