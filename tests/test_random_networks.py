@@ -66,7 +66,6 @@ GAPS = {
     "recur": (7, {4}, "lost in|cut off by their place"),
     # `buffer[i].copy_(row)` and `buffer.narrow(0, i, 1).copy_(row)`, sample by sample
     "buffer by sample": (12, {2, 4}, "in-place op"),
-    "swap": (21, {18, 19, 20}, "unbind|stack"),
 }
 
 

@@ -166,7 +166,8 @@ def concatenated(call: Call, out: Tensor) -> Where:
 
 def stacked(call: Call, out: Tensor) -> Where:
     placed = {axis for _, axis in call.placed()}
-    if len(placed) > 1 and any(axis.ragged for axis in placed):
+    if out.ndim == 1 or (len(placed) > 1 and any(axis.ragged for axis in placed)):
+        # numbers, or rows of several samples: told by example
         return Lost(call.name)
     if len(placed) > 1:
         raise SampleAxisError(

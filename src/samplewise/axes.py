@@ -190,8 +190,9 @@ class Call:
     tensors: list[Tensor] = field(init=False)
     # all tensors of the result, in order, once the op has run
     results: list[Tensor] = field(init=False, default_factory=list)
+    # where the tensors are, by id: an in-place op changes it, so each is looked up once
+    known: dict[int, Where | None] = field(init=False, default_factory=dict)
     _placed: list[tuple[Tensor, Axis]] | None = field(init=False, default=None)
-    _known: dict[int, Where | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name in {"max", "min"} and isinstance(self.get(1, "other"), Tensor):
@@ -203,10 +204,9 @@ class Call:
     def where(self, x: Tensor) -> Where | None:
         """Where the sample axis of a tensor is; None for what does not depend on the samples."""
         key = id(x)
-        if key not in self._known:
-            # as it was before the op, which is why it is looked up once
-            self._known[key] = self.look(x)
-        return self._known[key]
+        if key not in self.known:
+            self.known[key] = self.look(x)
+        return self.known[key]
 
     def get(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword (`axis` and `dimension` count as `dim`)."""

@@ -27,8 +27,9 @@ from .factors import Factor
 from .fallback import fall_back
 from .places import place
 from .registry import RULES, Operation, Rule, operation
+from .running import in_backward
 from .sample_axis import ALIGNED, FIRST, INDEXING, LOSSES, follow
-from .taps import Grads, Tap, in_backward, seen
+from .taps import Grads, Tap, seen
 
 
 def mix(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:

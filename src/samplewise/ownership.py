@@ -56,7 +56,7 @@ def moved(function: Callable[..., object]) -> Several:
             return Lost(call.name)
         args, kwargs = swapped((call.args, call.kwargs), {id(x): marks(call, x) for x in tensors_in(data)})
         place = next((k for k, x in enumerate(call.results) if x is out), 0)
-        found = list(tensors_in(function(*args, **kwargs)))[place]
+        found = tensors_in(function(*args, **kwargs))[place]
         where = axis_of(found, call.n, call.name) or Lost(call.name)
         if isinstance(where, Lost) or not any(axis.chosen for _, axis in call.placed()):
             return where
@@ -110,7 +110,7 @@ def _by_row(
             rows = torch.tensor(list(numbers[id(x)]), dtype=torch.long, device=x.device)
             new[id(x)] = rows.reshape(-1, *[1] * (x.ndim - axis.dim - 1)).expand(x.shape)
     args, kwargs = swapped((call.args, call.kwargs), new)
-    return list(tensors_in(function(*args, **kwargs)))[place]
+    return tensors_in(function(*args, **kwargs))[place]
 
 
 def reshaped_alike(call: Call, out: Tensor) -> Where:
@@ -215,11 +215,11 @@ def along_dim(call: Call, _: Tensor) -> Where:
     return _put_back(call, index, source, write.after(call) or Lost(call.name))
 
 
-def _put_back(call: Call, index: Tensor, source: Tensor, where: Where) -> Where:
+def _put_back(call: Call, index: Tensor, source: object, where: Where) -> Where:
     """Rows written to places that the batch decided are in order again if those are the places they came from."""
     if isinstance(where, Lost) or not isinstance(call.where(index), Lost):
         return where
-    own = call.where(source)
+    own = call.where(source) if isinstance(source, Tensor) else None
     places = own.chosen.places if isinstance(own, Axis) and own.chosen is not None else None
     if places is None or places.shape != index.shape:
         return replace(where, chosen=Selection())
@@ -247,11 +247,7 @@ def scattered(call: Call, _: Tensor) -> Where:
         lambda held, new: held.scatter(dim, index, new),
         adds,
     )
-    return (
-        _put_back(call, index, source, write.after(call) or Lost(call.name))
-        if isinstance(source, Tensor)
-        else write.after(call) or Lost(call.name)
-    )
+    return _put_back(call, index, source, write.after(call) or Lost(call.name))
 
 
 def put(call: Call, _: Tensor) -> Where:
@@ -313,7 +309,7 @@ def _assigned(call: Call, target: Tensor, index: Any, value: Any, *, adds: bool)
     )
     after = write.after(call)
     lost = [x for x in tensors_in(index) if isinstance(call.where(x), Lost)]
-    return _put_back(call, lost[0], value, after) if lost and after and isinstance(value, Tensor) else after
+    return _put_back(call, lost[0], value, after) if lost and after else after
 
 
 def _constant_target(call: Call, target: Tensor) -> Call:

@@ -13,7 +13,8 @@ from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
 from .factors import Dense, Factor, wide
 from .projections import GaussianProjection
-from .recording import DECLARED_CONSTANT, Recording, unrecorded
+from .recording import DECLARED_CONSTANT, Recording
+from .running import unrecorded
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]

@@ -25,8 +25,9 @@ from .mixing import mix
 from .notes import Notes
 from .ownership import of_base, written
 from .registry import EXPANSIONS, Operation, operation
+from .running import accumulates, in_backward, in_transform, modes, unrecorded, unwrapped
 from .sample_axis import EXPANDS, KEEPS, MOVES, TURNS, follow, refuse_mixing
-from .taps import Factors, Grads, in_backward, unseen_leaves
+from .taps import Factors, Grads, unseen_leaves
 
 CONSTANT = "constant"
 # said by the user: stays constant even as an argument of the model
@@ -229,7 +230,7 @@ class Recording(TorchFunctionMode):
         kwargs, op = kwargs or {}, operation(func)
         if op.plain_property:
             return func(*args, **kwargs)
-        if _in_transform():
+        if in_transform():
             self._refuse_transform(op, args, kwargs)
             return func(*args, **kwargs)
         # a function that comes back to itself checks for overrides in a way of its own: it runs as one op
@@ -254,7 +255,7 @@ class Recording(TorchFunctionMode):
 
     def _refuse_transform(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         touched = [
-            kind for x in tensors_in((args, kwargs)) if (kind := self.kind(_unwrapped(x))) not in {CONSTANT, DECLARED_CONSTANT}
+            kind for x in tensors_in((args, kwargs)) if (kind := self.kind(unwrapped(x))) not in {CONSTANT, DECLARED_CONSTANT}
         ]
         if touched and (self.n or 0) > 1:
             raise UnsupportedOpError(
@@ -275,8 +276,6 @@ class Recording(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
         target, told = (args[0] if op.inplace and args and isinstance(args[0], Tensor) else None), args
-        # what a target is before the op
-        held = None if target is None else self.where(target)
         viewed = None if target is None else target._base  # noqa: SLF001
         base = None if viewed is None else (viewed, self.kind(viewed))
         if target is not None and op.name in TURNS:
@@ -284,9 +283,13 @@ class Recording(TorchFunctionMode):
             before = target.detach()
             self.declare(before, self.kind(target))
             told = (before, *args[1:])
-        call = Call(op.name, told, kwargs, self.n or 0, lambda x: held if x is target else self.where(x), base)
-        refuse_mixing(call)
+        call = Call(op.name, told, kwargs, self.n or 0, self.where, base)
         kinds = [self.kind(x) for x in call.tensors]
+        # as they are before the op
+        call.known = {
+            id(x): kind if isinstance(kind, Axis | Lost) else None for x, kind in zip(call.tensors, kinds, strict=True)
+        }
+        refuse_mixing(call)
         shared = [x for x, kind in zip(call.tensors, kinds, strict=True) if isinstance(kind, Shared)]
         if not shared and target is None and op.name in KEEPS and "out" not in kwargs:
             axis = _common_axis(call.tensors, kinds)
@@ -295,8 +298,8 @@ class Recording(TorchFunctionMode):
                 out = func(*args, **kwargs)
                 if isinstance(out, Tensor) and out.ndim == call.tensors[0].ndim:
                     self.declare(out, axis)
-                    return out
-                self._mark(op, call, out, shared, target)
+                else:
+                    self._mark(op, call, out, shared, target)
                 return out
         meeting = bool(shared) and any(isinstance(kind, Axis | Lost) for kind in kinds)
         outside = self.n is None and any(self._kinds.get(x) is None and not isinstance(x, nn.Parameter) for x in call.tensors)
@@ -476,43 +479,6 @@ def _common_axis(tensors: list[Tensor], kinds: list[Kind]) -> Axis | None:
         if not isinstance(kind, Axis) or kind != first or kind.chosen is not None or x.ndim != ndim:
             return None
     return first
-
-
-def modes() -> list[Any]:
-    """The function modes of this thread, the recordings among them."""
-    return torch.overrides._get_current_function_mode_stack()  # type: ignore[no-any-return]  # noqa: SLF001
-
-
-def _in_transform() -> bool:
-    # the tracer of torch.compile functionalizes, and falls back to plain frames
-    top = torch._C._functorch.peek_interpreter_stack()  # noqa: SLF001
-    return top is not None and top.key() != torch._C._functorch.TransformType.Functionalize  # noqa: SLF001
-
-
-def _unwrapped(x: Tensor) -> Tensor:
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # noqa: SLF001
-        x = torch._C._functorch.get_unwrapped(x)  # noqa: SLF001
-    return x
-
-
-def accumulates(node: Any) -> bool:
-    """Whether the backward now running adds to the `.grad` of this leaf; `torch.autograd.grad` does not."""
-    try:
-        return torch._C._will_engine_execute_node(node)  # noqa: SLF001
-    except RuntimeError:
-        # the leaf itself is what `torch.autograd.grad` was asked for
-        return False
-
-
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """Our own arithmetic: no recording sees it, and no graph is built."""
-    with torch._C.DisableTorchFunction(), torch.no_grad():  # noqa: SLF001
-        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-            yield
-            return
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
 
 
 def _one_of(name: str, value: str, *choices: str) -> None:

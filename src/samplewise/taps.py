@@ -117,9 +117,4 @@ def _refuse_second(recording: Collects) -> None:
         )
 
 
-def in_backward() -> bool:
-    """Whether a backward is running: what runs forward in it is a recomputation."""
-    return torch._C._current_graph_task_id() != -1  # noqa: SLF001
-
-
 _SEEN_NODES = (Seen._backward_cls, Enter._backward_cls)  # noqa: SLF001

@@ -12,7 +12,8 @@ from torch.autograd.graph import get_gradient_edge
 from samplewise.collecting import Collector, Shared, Source
 from samplewise.errors import SamplewiseError, UnsupportedOpError
 from samplewise.factors import Dense
-from samplewise.recording import UNSEEN, Recording, accumulates, modes
+from samplewise.recording import UNSEEN, Recording
+from samplewise.running import accumulates, modes
 from samplewise.taps import Factors, Grads
 
 
