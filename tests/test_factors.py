@@ -8,7 +8,10 @@ import torch
 from torch import Size, Tensor
 
 from samplewise.convolutional import Convolution
-from samplewise.factors import Dense, Diagonal, Factor, Outer, Pulled, Rows, Sum, add
+from samplewise.factors import Dense, Diagonal, Factor, Pulled
+from samplewise.outer import Outer, Rows
+from samplewise.strategy import Strategy, using
+from samplewise.sums import Sum, add
 
 GENERATOR = torch.Generator().manual_seed(0)
 Make = Callable[[int], Factor]
@@ -141,6 +144,42 @@ def test_quantities_are_those_of_the_dense_gradient(name: str, n: int) -> None:
     close(factor.project(matrix), grads @ matrix.reshape(3, grads.shape[1]).T)
     close(factor.gram(factor), grads @ grads.T)
     close(factor.inner(factor), grads.square().sum(1))
+
+
+@pytest.mark.parametrize("strategy", ["gram", "tile"])
+@pytest.mark.parametrize("n", [0, 1, 4])
+@pytest.mark.parametrize("name", FACTORS)
+def test_norms_by_either_strategy(name: str, n: int, strategy: str) -> None:
+    factor = FACTORS[name](n)
+    with using(Strategy(strategy)):
+        assert factor.algorithm in {strategy, "dense", "rows", "gram"}
+        torch.testing.assert_close(factor.sq_norms(), flat(factor).square().sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [0, 1, 4])
+@pytest.mark.parametrize("name", FACTORS)
+def test_written_into_given_memory(name: str, n: int, dtype: torch.dtype) -> None:
+    factor = FACTORS[name](n)
+    wide = torch.full((n, *factor.shape, 2), torch.nan, dtype=dtype)
+    for out in (wide[..., 0].contiguous(), wide[..., 0]):
+        with torch.no_grad():
+            assert factor.write(out) is out
+        torch.testing.assert_close(out.reshape(n, -1) if n else out, flat(factor).to(dtype) if n else out)
+
+
+@pytest.mark.parametrize("t", [17, 64, 130, 300])
+def test_a_gram_in_blocks(t: int) -> None:
+    factor = Outer(x(2, 2, t, 3), x(2, 2, t, 4), Size((6, 4)))
+    with using(Strategy("gram")), torch.no_grad():
+        torch.testing.assert_close(factor.sq_norms(), flat(factor).square().sum(1))
+
+
+def test_norms_of_millions_of_entries_are_right_in_float32() -> None:
+    """One long float32 sum is off by 1e-4 here."""
+    grads = x(2, 3_000_001, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(Dense(grads).sq_norms(), grads.double().square().sum(1).float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])

@@ -27,13 +27,17 @@ CORE = (
 APPLICATIONS = ("attribution", "privacy", "noise_scale", "cli")
 ALLOWED = {
     "errors": set(),
-    "factors": {"errors"},
-    "convolutional": {"factors"},
-    "rules": {"axes", "convolutional", "factors", "registry", "contractions", "errors", "rules"},
+    "strategy": set(),
+    "buffers": set(),
+    "factors": set(),
+    "outer": {"buffers", "factors", "strategy"},
+    "convolutional": {"buffers", "factors", "outer", "strategy"},
+    "sums": {"buffers", "factors", "outer", "strategy"},
+    "rules": {"axes", "convolutional", "factors", "outer", "registry", "contractions", "errors", "rules"},
     "projections": {"errors"},
     "registry": {"errors"},
     "contractions": {"errors"},
-    "collecting": {"errors", "factors"},
+    "collecting": {"errors", "factors", "sums"},
     "taps": {"errors", "factors", "collecting"},
 }
 

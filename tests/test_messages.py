@@ -696,6 +696,34 @@ CASES: dict[str, Case] = {
     "quantities.Record.norms: by": Case(
         quantity(lambda rec: rec.norms(by="layer")), "^norms: ", "got 'layer'", "None or 'parameter'", kind=ValueError
     ),
+    "quantities.Record._check_out: shape": Case(
+        quantity(lambda rec: rec.grads(out=dict.fromkeys(["weight", "bias"], x(2)))),
+        "^grads: ",
+        r"got \(2,\)",
+        r"out\['weight'\] must be a tensor of shape \(3, 2, 4\), torch.float64, cpu that requires no grad",
+        kind=ValueError,
+    ),
+    "quantities.Record._check_out: missing": Case(
+        quantity(lambda rec: rec.clipped_sum(1.0, out={})),
+        "^weighted_sum: ",
+        "got nothing",
+        r"out\['weight'\] must be a tensor",
+        kind=ValueError,
+    ),
+    "strategy.Strategy.__post_init__: name": Case(
+        lambda: sw.record(linear(), strategy="ghost"),
+        "^record: ",
+        "got 'ghost'",
+        "strategy is one of 'auto', 'gram', 'tile', 'store'",
+        kind=ValueError,
+    ),
+    "strategy.Strategy.__post_init__: budget": Case(
+        lambda: sw.record(linear(), memory_budget=-1),
+        "^record: ",
+        "got -1",
+        "memory_budget is a number of bytes",
+        kind=ValueError,
+    ),
     "quantities.Record.weighted_sum: shape": Case(
         quantity(lambda rec: rec.weighted_sum(x(2))),
         "^weighted_sum: ",

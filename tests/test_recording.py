@@ -205,7 +205,7 @@ def test_a_convolution_computes_its_input_gradient_alone() -> None:
                 masks.append(list(args[-1]))
             return func(*args, **(kwargs or {}))
 
-    with sw.record(model) as rec:
+    with sw.record(model, strategy="gram") as rec:
         losses = squares(model, x(3, 2, 8))
         with Masks():
             rec.backward(losses)

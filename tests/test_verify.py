@@ -95,7 +95,7 @@ def test_catches_a_sabotaged_rule(parameter: str, change: object, monkeypatch: p
 @pytest.mark.parametrize("quantity", ["sq_norms", "weighted_sum", "dot", "gram", "project"])
 def test_catches_a_wrong_quantity(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are right here; only a fast path is not."""
-    from samplewise.factors import Outer
+    from samplewise.outer import Outer
 
     right = getattr(Outer, quantity)
     monkeypatch.setattr(Outer, quantity, lambda *args: right(*args) * 1.5)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import testing as testing
+    from .buffers import release_buffers as release_buffers
     from .errors import MixedSamplesError as MixedSamplesError
     from .errors import SampleAxisError as SampleAxisError
     from .errors import SamplewiseError as SamplewiseError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .quantities import record as record
     from .registry import expand as expand
     from .registry import rule as rule
+    from .strategy import calibrate as calibrate
     from .verification import verify as verify
 
 _HOME = {
@@ -30,6 +32,7 @@ _HOME = {
     "UnsupportedOpError": "errors",
     "VerificationError": "errors",
     "GaussianProjection": "projections",
+    "release_buffers": "buffers",
     "Record": "quantities",
     "clipped_grads": "quantities",
     "per_sample_grads": "quantities",
@@ -37,6 +40,7 @@ _HOME = {
     "record": "quantities",
     "expand": "registry",
     "rule": "registry",
+    "calibrate": "strategy",
     "verify": "verification",
 }
 __all__ = [*_HOME, "testing"]  # noqa: PLE0604  (a list of strings, built from the table above)

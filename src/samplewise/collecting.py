@@ -11,7 +11,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .errors import SamplewiseError, UnsupportedOpError
-from .factors import Dense, Factor, Pulled, add
+from .factors import Dense, Factor, Pulled
+from .sums import Store, add
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,27 @@ class Use:
     op: str
     how: str
     structure: str = "unused"
+    algorithm: str = "unused"
+
+
+@dataclass
+class Arrived:
+    """The factors of the uses of one shared tensor."""
+
+    source: Source
+    factors: list[Factor] = field(default_factory=list)
+    # what the factors hold, with the versions it had
+    held: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def add(self, factor: Factor) -> None:
+        """Take one more."""
+        self.factors.append(factor)
+        self.held += [(x, x._version) for x in vars(factor).values() if isinstance(x, Tensor)]  # noqa: SLF001
+
+    @property
+    def changed(self) -> bool:
+        """Whether something that the factors hold was changed in place."""
+        return any(x._version != version for x, version in self.held)  # noqa: SLF001
 
 
 @dataclass
@@ -109,13 +131,13 @@ class Collector:
     uses: list[Use] = field(default_factory=list)
     # whether pull-backs are to be differentiated again
     create_graph: bool = False
+    # where gradients are kept in place of factors; None where nothing is kept
+    store: Store | None = None
 
     def __post_init__(self) -> None:
-        self._arrived: dict[object, tuple[Source, list[Factor]]] = {}
+        self._arrived: dict[object, Arrived] = {}
         self._expected: dict[str, float] = {}
         self._consumed: set[str] = set()
-        # what the factors hold, with the versions it had
-        self._kept: list[tuple[Tensor, int]] = []
         # the graph nodes of tensors with hooks that parameters were derived through
         self._hooked: set[Any] = set()
         self.empty = True
@@ -143,21 +165,32 @@ class Collector:
         """Take the factor of one use."""
         self.empty = False
         self._refuse_late(source.names)
-        for use in uses:
-            use.structure = type(factor).__name__
         if self.parameters[next(iter(source.names))].is_complex():
             # the structured quantities are real
             factor = Dense(factor.to_dense())
-        factors = self._arrived.setdefault(source.key, (source, []))[1]
-        factors.append(factor)
-        if self.consume is None:
-            self._kept += [(x, x._version) for x in vars(factor).values() if isinstance(x, Tensor)]  # noqa: SLF001
-        if self.consume is not None and source.edge is None:
+        for use in uses:
+            use.structure, use.algorithm = type(factor).__name__, factor.algorithm
+        arrived = self._arrived.setdefault(source.key, Arrived(source))
+        arrived.add(factor)
+        if source.edge is None:
             (name,) = source.names
-            if len(factors) == self._expected[name]:
-                del self._arrived[source.key]
-                self._consumed.add(name)
-                self.consume(name, add(factors))
+            if len(arrived.factors) == self._expected.get(name):
+                self._complete(name, arrived)
+
+    def _complete(self, name: str, arrived: Arrived) -> None:
+        """A parameter's last use has arrived."""
+        factor = add(arrived.factors)
+        if self.store is not None and not self.create_graph and self.store.worth(factor):
+            factor = self.store.kept(f"gradients of {name}", factor)
+            self._arrived[arrived.source.key] = fresh = Arrived(arrived.source)
+            fresh.add(factor)
+            for use in self.uses:
+                if use.parameter == name:
+                    use.algorithm = "store"
+        if self.consume is not None:
+            del self._arrived[arrived.source.key]
+            self._consumed.add(name)
+            self.consume(name, factor)
 
     def _refuse_late(self, names: frozenset[str]) -> None:
         late = names & self._consumed
@@ -180,16 +213,17 @@ class Collector:
         Raises:
             SamplewiseError: If a tensor that the gradients are made of was changed in place since the backward.
         """
-        if any(x._version != version for x, version in self._kept):  # noqa: SLF001
+        if any(arrived.changed for arrived in self._arrived.values()):
             raise SamplewiseError(
                 "record: a tensor that the gradients are made of (an input of the model, perhaps) was changed in place after the "
                 "backward. Ask for the quantities first, or give the recording a copy."
             )
         opaque = self._opaque()
         terms: dict[str, list[Factor]] = {}
-        for source, factors in self._arrived.values():
+        for arrived in self._arrived.values():
+            source = arrived.source
             for name in source.names:
-                one = add(factors)
+                one = add(arrived.factors)
                 terms.setdefault(name, []).append(
                     one if source.edge is None else self._pulled(source, one, name, linear=source.key not in opaque)
                 )
@@ -203,7 +237,7 @@ class Collector:
         """
         before: dict[Any, Source] = {}
         found: set[object] = set()
-        for source, _ in self._arrived.values():
+        for source in [arrived.source for arrived in self._arrived.values()]:
             for node in _behind(source.edge):
                 if isinstance(node, BackwardCFunction) or node in self._hooked:
                     if node in before:

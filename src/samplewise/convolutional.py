@@ -1,17 +1,21 @@
 """The factor of convolutions: output gradients and inputs, kept as they are."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Size, Tensor
 
-from .factors import Dense, Factor, Outer, chunk_size, flat, wide
+from .buffers import scratch
+from .factors import Dense, Factor, chunk_size, squares, wide
+from .outer import Outer, gram_norms, gram_seconds
+from .strategy import current, rates
 
-# Weight gradients of a convolution per sample, over the batched one, on 2 CPU threads: with samples folded into groups 1.1-2.1x from
-# 64 output positions on (a loop over samples 2.1-5.2x, unfold 5-14x) but 34x on 4x4, where unfold is 4.4x; depthwise always folded.
-_FOLD_POSITIONS = 64
+# (what for, shape, of which type) -> memory to write into
+Memory = Callable[[str, Sequence[int], Tensor], Tensor]
+# Channels that a convolution's kernels work on at once: fewer cost as much.
+_LANES = 16
 
 
 @dataclass(frozen=True)
@@ -30,27 +34,43 @@ class Convolution(Factor):
     def n(self) -> int:
         return self.grad.shape[0]
 
+    @property
+    def algorithm(self) -> str:
+        name = current().name
+        if name in {"gram", "tile"}:
+            return name
+        unfolding = self._unfold_seconds()
+        gram = unfolding + gram_seconds(self._left(), math.prod(self.shape[1:]))
+        return "gram" if name == "auto" and gram <= min(self._fold_seconds(), unfolding + self._multiply_seconds()) else "tile"
+
     def regroup(self, n: int) -> Factor:
         return self if n == self.n else Dense(self.to_dense()).regroup(n)
 
     def to_dense(self) -> Tensor:
+        if torch.is_grad_enabled() and self.n:
+            return self.folded() if self._folds() else self.unfold().to_dense()
+        return self.write(self.grad.new_empty(self.n, *self.shape))
+
+    def write(self, out: Tensor) -> Tensor:
         if not self.n:
-            return self.grad.new_zeros(0, *self.shape)
-        if math.prod(self.grad.shape[2:]) >= _FOLD_POSITIONS or self.groups == self.input.shape[1]:
-            folded = self._weight_grad(self.grad.flatten(0, 1)[None], self.input.flatten(0, 1)[None], self.n)
-            return folded.reshape(self.n, *self.shape)
-        return self.unfold().to_dense()
+            return out
+        for rows, part in zip(out.split(self._chunk()), self._parts(self._chunk()), strict=True):
+            rows.copy_(part.folded()) if self._folds() else part.unfolded(scratch).write(rows)
+        return out
 
     def sq_norms(self) -> Tensor:
-        t, o = math.prod(self.grad.shape[2:]), self.shape[0] // self.groups
-        i = math.prod(self.shape[1:])
-        if t * (o + i) <= o * i:
-            return self.unfold().sq_norms()
-        return torch.cat([flat(wide(part.to_dense())).square().sum(1) for part in self._chunks()])
+        if not self.n:
+            return squares(self.to_dense())
+        if self.algorithm == "gram":
+            return torch.cat([part.gram_squares() for part in self._parts(chunk_size(self._patch_bytes() // 4))])
+        return torch.cat([part.tile_squares() for part in self._parts(self._chunk())])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scale = weights.to(self.grad.dtype).reshape(-1, *[1] * (self.grad.ndim - 1))
-        return self._weight_grad(self.grad * scale, self.input)
+        # the smaller of the two is the cheaper to scale
+        if self.grad.numel() <= self.input.numel():
+            return self._weight_grad(self.grad * scale, self.input)
+        return self._weight_grad(self.grad, self.input * scale)
 
     def dot(self, direction: Tensor) -> Tensor:
         convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[self.grad.ndim - 3]
@@ -60,18 +80,72 @@ class Convolution(Factor):
 
     def unfold(self) -> Outer:
         """The same as outer products of the output gradient with the patches it saw."""
-        kernel = self.shape[2:]
-        pads = [p for size in reversed(self.padding) for p in (size, size)]
-        patches = torch.nn.functional.pad(self.input, pads)
-        for dim, (k, stride, dilation) in enumerate(zip(kernel, self.stride, self.dilation, strict=True)):
-            span = dilation * (k - 1) + 1
-            windows = patches.unfold(2 + dim, span, stride)[..., ::dilation]
-            patches = windows.narrow(2 + dim, 0, self.grad.shape[2 + dim])
-        d, n, g = len(kernel), self.n, self.groups
-        # (n, c, *space, *kernel) -> (n, g, t, c/g * kernel)
-        grouped = patches.unflatten(1, (g, -1)).movedim(2, 2 + d).flatten(2, 1 + d).flatten(3)
-        left = self.grad.reshape(n, g, self.shape[0] // g, math.prod(self.grad.shape[2:])).mT
-        return Outer(left, grouped, self.shape)
+        return self.unfolded(_fresh)
+
+    # --- two ways to the gradients of a few samples -------------------------------------------------------------------------
+
+    def folded(self) -> Tensor:
+        """By one convolution with the samples as groups, `(n, *shape)`."""
+        folded = self._weight_grad(self.grad.flatten(0, 1)[None], self.input.flatten(0, 1)[None], self.n)
+        return folded.reshape(self.n, *self.shape)
+
+    def unfolded(self, memory: Memory) -> Outer:
+        """As outer products; the patches are `(n, c_in * kernel, positions)`, copied in runs along the last axis of space."""
+        n, g = self.n, self.groups
+        x = self._padded(memory) if any(self.padding) else self.input.contiguous()
+        windows = self._windows(x, x.stride())
+        patches = windows if self._is_pointwise() else memory("patches", windows.shape, windows).copy_(windows)
+        right = patches.reshape(n, g, math.prod(self.shape[1:]), self._positions()).mT
+        return Outer(self._left(), right, self.shape)
+
+    def gram_squares(self) -> Tensor:
+        """From the Gram of the patches `(n, g, positions, kernel * c_in)`, copied in runs along the channels."""
+        n, g, d = self.n, self.groups, len(self.padding)
+        x = self._padded(scratch, channels_last=True)
+        windows = self._windows(x, (x.stride(0), x.stride(-1), *x.stride()[1:-1])).unflatten(1, (g, -1))
+        rows = windows.permute(0, 1, *range(3 + d, 3 + 2 * d), *range(3, 3 + d), 2)
+        patches = scratch("patches", rows.shape, rows).copy_(rows)
+        right = patches.reshape(n, g, self._positions(), math.prod(self.shape[1:]))
+        return gram_norms(wide(self._left()), wide(right))
+
+    def _left(self) -> Tensor:
+        """The output gradient as the left of outer products, `(n, g, t, o)`."""
+        return self.grad.reshape(self.n, self.groups, self.shape[0] // self.groups, self._positions()).mT
+
+    def _windows(self, x: Tensor, strides: Sequence[int]) -> Tensor:
+        """A view `(n, c_in, *kernel, *space)` of a padded input, whose strides are given as those of `(n, c_in, *space)`."""
+        steps = [s * stride for s, stride in zip(strides[2:], self.stride, strict=True)]
+        spread = [s * dilation for s, dilation in zip(strides[2:], self.dilation, strict=True)]
+        return x.as_strided(
+            (self.n, self.input.shape[1], *self.shape[2:], *self.grad.shape[2:]), (*strides[:2], *spread, *steps)
+        )
+
+    def _padded(self, memory: Memory, *, channels_last: bool = False) -> Tensor:
+        """The input with its zeros around, `(n, c_in, *space)` or `(n, *space, c_in)`."""
+        n, c, *space = self.input.shape
+        sizes = [size + 2 * pad for size, pad in zip(space, self.padding, strict=True)]
+        padded = memory("padded", (n, *sizes, c) if channels_last else (n, c, *sizes), self.input)
+        inside = padded.movedim(-1, 1) if channels_last else padded
+        if any(self.padding):
+            padded.zero_()
+        for dim, (size, pad) in enumerate(zip(space, self.padding, strict=True), 2):
+            inside = inside.narrow(dim, pad, size)
+        inside.copy_(self.input)
+        return padded
+
+    def tile_squares(self) -> Tensor:
+        if self._folds():
+            return squares(self.folded())
+        # the transposed product: BLAS is faster with the wider side first
+        outer = self.unfolded(scratch)
+        left, right = wide(outer.left).flatten(0, 1), wide(outer.right).flatten(0, 1)
+        size = (len(left), right.shape[2], left.shape[2])
+        tile = (
+            torch.matmul(right.mT, left)
+            if torch.is_grad_enabled()
+            else torch.bmm(right.mT, left, out=scratch("tile", size, left))
+        )
+        return squares(tile.reshape(self.n, -1))
 
     def _weight_grad(self, grad: Tensor, input: Tensor, folds: int = 1) -> Tensor:
         weight = grad.new_empty(1).expand(self.shape[0] * folds, *self.shape[1:])
@@ -80,7 +154,44 @@ class Convolution(Factor):
         gradient: Tensor = torch.ops.aten.convolution_backward(grad, input, weight, None, *settings, [False, True, False])[1]
         return gradient
 
-    def _chunks(self) -> Iterator["Convolution"]:
-        size = chunk_size(math.prod(self.shape) * self.grad.element_size())
+    # --- what they cost -----------------------------------------------------------------------------------------------------
+
+    def _folds(self) -> bool:
+        """Whether samples as groups of one convolution are the faster way."""
+        return self._fold_seconds() <= self._unfold_seconds() + self._multiply_seconds()
+
+    def _fold_seconds(self) -> float:
+        """The flop at the rate of the ordinary gradient, and the result written and reordered."""
+        rate, inputs = rates(self.grad), self.shape[1]
+        outputs = self.shape[0] // self.groups
+        lanes = 1 if inputs == outputs == 1 else math.ceil(inputs / _LANES) * _LANES / inputs
+        flops = 2 * math.prod(self.shape) * self._positions() * lanes
+        return flops / rate.convolution + 3 * math.prod(self.shape) * self.grad.element_size() / rate.memory
+
+    def _unfold_seconds(self) -> float:
+        """The patches written once and read once, with the strides of the copy."""
+        return 0.0 if self._is_pointwise() else 4 * self._patch_bytes() / rates(self.grad).memory
+
+    def _multiply_seconds(self) -> float:
+        return 2 * math.prod(self.shape) * self._positions() / rates(self.grad).product
+
+    def _positions(self) -> int:
+        return math.prod(self.grad.shape[2:])
+
+    def _is_pointwise(self) -> bool:
+        return set(self.shape[2:]) == {1} and set(self.stride) == {1} and not any(self.padding)
+
+    def _chunk(self) -> int:
+        patches = 0 if self._folds() else self._patch_bytes() // 4
+        return chunk_size(max(math.prod(self.shape) * self.grad.element_size(), patches))
+
+    def _patch_bytes(self) -> int:
+        return self.input.shape[1] * math.prod(self.shape[2:]) * self._positions() * self.grad.element_size()
+
+    def _parts(self, size: int) -> Iterator["Convolution"]:
         for grad, x in zip(self.grad.split(size), self.input.split(size), strict=True):
-            yield Convolution(grad, x, self.shape, self.stride, self.padding, self.dilation, self.groups)
+            yield replace(self, grad=grad, input=x)
+
+
+def _fresh(_: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    return like.new_empty(shape)

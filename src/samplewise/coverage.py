@@ -30,6 +30,7 @@ class Coverage:
                     tuple(dict.fromkeys(use.op for use in mine)),
                     tuple(dict.fromkeys(use.how for use in mine)),
                     tuple(dict.fromkeys(use.structure for use in mine)),
+                    tuple(dict.fromkeys(use.algorithm for use in mine)),
                     parameter.numel() / max(1, total),
                 )
             )
@@ -47,12 +48,12 @@ class Coverage:
 
     def __str__(self) -> str:
         """A readable table."""
-        head = ("parameter", "uses", "op", "how", "factor", "share")
+        head = ("parameter", "uses", "op", "how", "factor", "algorithm", "share")
         body = [
             (
                 row.parameter,
                 str(row.uses),
-                *(", ".join(part) or "-" for part in (row.op, row.how, row.structure)),
+                *(", ".join(part) or "-" for part in (row.op, row.how, row.structure, row.algorithm)),
                 f"{row.share:.1%}",
             )
             for row in self.rows
@@ -74,4 +75,6 @@ class CoverageRow:
     how: tuple[str, ...]
     # the factor classes, or "unused" where the loss did not reach a use
     structure: tuple[str, ...]
+    # how norms are found: "dense" and "rows" from the gradients as they are, "gram", "tile" and "store" as in `record`
+    algorithm: tuple[str, ...]
     share: float

@@ -15,6 +15,8 @@ from .factors import Dense, Factor, wide
 from .projections import GaussianProjection
 from .recording import DECLARED_CONSTANT, Recording
 from .running import unrecorded
+from .strategy import Strategy
+from .sums import Store
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -127,14 +129,22 @@ class Record:
         """The unmaterialised gradients: a factor for each parameter that the loss reached."""
         return self._recording.collected()
 
-    def grads(self) -> dict[str, Tensor]:
+    def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Materialise all per-sample gradients.
+
+        Args:
+            out: Tensors `{name: (n, *shape)}` to write them into, of an earlier call for example: fresh memory is slow.
 
         Returns:
             `{name: (n, *shape)}` for every trainable parameter; zeros where the loss does not reach.
+
+        Raises:
+            ValueError: If `out` has not one tensor of the right shape and type for each parameter.
         """
         with self._recording.aside():
-            return self._filled({name: factor.to_dense() for name, factor in self.factors().items()}, self._n())
+            self._check_out("grads", out, self._n())
+            found = {name: _dense(name, factor, out) for name, factor in self.factors().items()}
+            return self._filled(found, out, self._n())
 
     @overload
     def norms(self, *, by: None = None) -> Tensor: ...
@@ -150,26 +160,35 @@ class Record:
                 return total_norms(squares, self._n(), self._like())
             return {name: root(squares[name]) if name in squares else self._zeros() for name in self._recording.parameters}
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, weights: Tensor, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """`sum_n weights[n] grad[n]`, as `{name: shape}`; `weights` is `(n,)`.
 
+        Args:
+            weights: One number for each sample.
+            out: Tensors `{name: shape}` to write the sums into, such as the `.grad` of each parameter.
+
         Raises:
-            ValueError: If `weights` is not a vector of n.
+            ValueError: If `weights` is not a vector of n, or `out` has not one tensor of the right shape and type for each parameter.
         """
         with self._recording.aside():
+            self._check_out("weighted_sum", out)
             if weights.shape != (self._n(),):
                 raise ValueError(
                     f"weighted_sum: expected weights of shape ({self._n()},), one per sample, got {tuple(weights.shape)}"
                 )
-            return self._filled({name: factor.weighted_sum(weights) for name, factor in self.factors().items()})
+            return self._filled({name: factor.weighted_sum(weights) for name, factor in self.factors().items()}, out)
 
-    def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
+    def clipped_sum(self, max_grad_norm: float, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The sum of gradients clipped to a norm: weights `min(1, max_grad_norm / norms[n])` (Abadi et al. 2016, arXiv:1607.00133).
 
+        Args:
+            max_grad_norm: The largest norm that is left as it is.
+            out: Tensors `{name: shape}` to write the sums into.
+
         Raises:
-            ValueError: If `max_grad_norm` is not positive.
+            ValueError: If `max_grad_norm` is not positive, or `out` has not one tensor of the right shape and type for each parameter.
         """
-        return self.weighted_sum(clipping_weights(self.norms(), max_grad_norm))
+        return self.weighted_sum(clipping_weights(self.norms(), max_grad_norm), out=out)
 
     def dot(self, direction: Mapping[str, Tensor]) -> Tensor:
         """Inner products with one direction, `(n,)`; `direction` is `{name: shape}`, missing parameters count as zero.
@@ -240,13 +259,30 @@ class Record:
     def _zeros(self) -> Tensor:
         return self._like().new_zeros(self._n())
 
-    def _filled(self, found: dict[str, Tensor], *leading: int) -> dict[str, Tensor]:
-        """The found gradients in the parameters' own types, zeros for the others, in the model's order."""
-        parameters = self._recording.parameters
-        return {
-            name: found[name].to(p.dtype) if name in found else p.new_zeros((*leading, *p.shape))
-            for name, p in parameters.items()
-        }
+    def _filled(self, found: dict[str, Tensor], out: Mapping[str, Tensor] | None, *leading: int) -> dict[str, Tensor]:
+        """The found gradients in the parameters' own types, or in `out`, zeros for the others, in the model's order."""
+        filled: dict[str, Tensor] = {}
+        for name, p in self._recording.parameters.items():
+            if out is None:
+                filled[name] = found[name].to(p.dtype) if name in found else p.new_zeros((*leading, *p.shape))
+            elif name not in found:
+                filled[name] = out[name].zero_()
+            else:
+                filled[name] = out[name] if found[name] is out[name] else out[name].copy_(found[name])
+        return filled
+
+    def _check_out(self, call: str, out: Mapping[str, Tensor] | None, *leading: int) -> None:
+        if out is None:
+            return
+        for name, p in self._recording.parameters.items():
+            x, shape = out.get(name), (*leading, *p.shape)
+            if x is None or x.shape != shape or x.dtype != p.dtype or x.device != p.device or x.requires_grad:
+                found = (
+                    "nothing" if x is None else f"{tuple(x.shape)}, {x.dtype}, {x.device}{', requires grad' * x.requires_grad}"
+                )
+                raise ValueError(
+                    f"{call}: out['{name}'] must be a tensor of shape {shape}, {p.dtype}, {p.device} that requires no grad, got {found}"
+                )
 
     def _check_names(self, call: str, given: Mapping[str, Tensor]) -> None:
         for name, tensor in given.items():
@@ -285,6 +321,8 @@ def record(
     loss_reduction: str = "sum",
     fallback: str = "allow",
     create_graph: bool = False,
+    strategy: str = "auto",
+    memory_budget: int | None = None,
 ) -> Record:
     """Record one batch of a model, so that every per-sample quantity can be asked for afterwards.
 
@@ -297,6 +335,10 @@ def record(
         fallback: "allow" runs ops without a rule sample by sample; "error" forbids it.
         create_graph: Make every quantity differentiable again (gradient penalties, Hessian-vector products). Its backward is
             `rec.backward(losses)`; it keeps the graph and costs about as much again.
+        strategy: How norms and weighted sums of outer products are found: "gram" from inner products of positions (Li et al. 2022,
+            arXiv:2110.05679), "tile" from gradients formed a few samples at a time, "store" from gradients formed once and kept;
+            "auto" chooses by cost, at the rates that `calibrate` measured. `rec.coverage()` shows what was chosen.
+        memory_budget: Bytes of gradients that "auto" may store beyond what it would keep otherwise, 32 MiB by default.
 
     Returns:
         A context manager; its quantities may be asked for inside or after the block.
@@ -321,12 +363,20 @@ def record(
             loss_reduction=loss_reduction,
             fallback=fallback,
             create_graph=create_graph,
+            strategy=Strategy.of(strategy, memory_budget),
+            store=Store(),
         )
     )
 
 
 def per_sample_grads(
-    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, batch_size: int | None = None, batch_dim: int = 0
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Batch,
+    *,
+    batch_size: int | None = None,
+    batch_dim: int = 0,
+    out: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The gradient of every sample's loss.
 
@@ -336,12 +386,15 @@ def per_sample_grads(
         batch: Handed to `loss_fn` as it is.
         batch_size: n; by default the common size of the model's tensor inputs on `batch_dim`.
         batch_dim: The axis of the model's inputs that carries the samples.
+        out: Tensors `{name: (n, *shape)}` to write the gradients into, the result of an earlier call for example: fresh memory is
+            slow.
 
     Returns:
         `{name: (n, *shape)}`.
 
     Raises:
         SamplewiseError: As `record` does.
+        ValueError: If `out` has not one tensor of the right shape and type for each parameter.
 
     Example:
         >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
@@ -349,16 +402,31 @@ def per_sample_grads(
         torch.Size([4, 2])
     """
     grads: dict[str, Tensor] = {}
-    rec = _stream(model, loss_fn, batch, lambda name, factor: grads.__setitem__(name, factor.to_dense()), batch_size, batch_dim)
-    return rec._filled(grads, rec._n())  # noqa: SLF001
+
+    def consume(name: str, factor: Factor) -> None:
+        if not grads:
+            rec._check_out("per_sample_grads", out, rec._n())  # noqa: SLF001
+        grads[name] = _dense(name, factor, out)
+
+    rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume))
+    _run(rec, loss_fn, batch)
+    with rec._recording.aside():  # noqa: SLF001
+        return rec._filled(grads, out, rec._n())  # noqa: SLF001
 
 
 def per_sample_norms(
-    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, batch_size: int | None = None, batch_dim: int = 0
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Batch,
+    *,
+    batch_size: int | None = None,
+    batch_dim: int = 0,
+    strategy: str = "auto",
 ) -> Tensor:
     """The L2 norm of the gradient of every sample's loss, over all parameters, `(n,)`.
 
-    Each parameter's factor is dropped as soon as its squared norm is known. Arguments and errors as `per_sample_grads`.
+    Each parameter's factor is dropped as soon as its squared norm is known. Arguments and errors as `per_sample_grads`, `strategy` as
+    `record`.
 
     Example:
         >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
@@ -366,9 +434,13 @@ def per_sample_norms(
         torch.Size([4])
     """
     squares: dict[str, Tensor] = {}
-    rec = _stream(
-        model, loss_fn, batch, lambda name, factor: squares.__setitem__(name, factor.sq_norms()), batch_size, batch_dim
-    )
+
+    def consume(name: str, factor: Factor) -> None:
+        squares[name] = factor.sq_norms()
+
+    chosen = Strategy.of(strategy, None)
+    rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen))
+    _run(rec, loss_fn, batch)
     return total_norms(squares, rec._n(), rec._like())  # noqa: SLF001
 
 
@@ -380,24 +452,41 @@ def clipped_grads(
     max_grad_norm: float,
     batch_size: int | None = None,
     batch_dim: int = 0,
+    strategy: str = "auto",
+    memory_budget: int | None = None,
+    out: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The sum of per-sample gradients clipped to `max_grad_norm`, and their norms before clipping, in one backward.
 
-    Book-keeping (Bu et al. 2023, arXiv:2210.00038): the factors of the one backward serve the norms and the weighted sum.
-    Arguments and errors as `per_sample_grads`; ValueError if `max_grad_norm` is not positive.
+    Book-keeping (Bu et al. 2023, arXiv:2210.00038): the factors of the one backward serve the norms and the weighted sum. Gradients
+    that are stored instead (`strategy`, `memory_budget` as in `record`) lie in memory that the next call reuses, at most 512 MiB;
+    `release_buffers` gives it back. Arguments and errors as `per_sample_grads`; ValueError if `max_grad_norm` is not positive.
 
     Returns:
-        `({name: shape}, (n,))`.
+        `({name: shape}, (n,))`; the sums are in `out` if it is given.
 
     Example:
         >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
         >>> sums, norms = clipped_grads(model, lambda m, x: m(x).square().sum(1), x, max_grad_norm=1.0)
     """
     clipping_weights(torch.zeros(0), max_grad_norm)
-    with record(model, batch_size=batch_size, batch_dim=batch_dim) as rec:
-        rec.backward(loss_fn(model, batch))
-    norms = rec.norms()
-    return rec.weighted_sum(clipping_weights(norms, max_grad_norm)), norms
+    kept: dict[str, Factor] = {}
+    squares: dict[str, Tensor] = {}
+
+    def consume(name: str, factor: Factor) -> None:
+        kept[name], squares[name] = factor, factor.sq_norms()
+
+    chosen, store = Strategy.of(strategy, memory_budget), Store(reuse=True)
+    rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen, store=store))
+    _run(rec, loss_fn, batch)
+    rec._check_out("clipped_grads", out)  # noqa: SLF001
+    norms = total_norms(squares, rec._n(), rec._like())  # noqa: SLF001
+    weights, sums = clipping_weights(norms, max_grad_norm), dict[str, Tensor]()
+    with rec._recording.aside():  # noqa: SLF001
+        while kept:
+            name, factor = kept.popitem()
+            sums[name] = factor.weighted_sum(weights)
+        return rec._filled(sums, out), norms  # noqa: SLF001
 
 
 def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
@@ -418,21 +507,16 @@ def root(squares: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 
 
-def _stream(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: Batch,
-    consume: Callable[[str, Factor], None],
-    batch_size: int | None,
-    batch_dim: int,
-) -> Record:
-    """Run a batch, handing every parameter's factor to `consume` at its last use and keeping nothing."""
-    rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume))
+def _run(rec: Record, loss_fn: LossFunction, batch: Batch) -> None:
+    """Run a batch whose factors are consumed, each at its parameter's last use."""
     with rec:
-        rec.backward(loss_fn(model, batch))
-    with unrecorded():
+        rec.backward(loss_fn(rec._recording.model, batch))  # noqa: SLF001
+    with rec._recording.aside():  # noqa: SLF001
         rec._recording.collector.finish()  # noqa: SLF001
-    return rec
+
+
+def _dense(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Tensor:
+    return factor.to_dense() if out is None else factor.write(out[name])
 
 
 def _total(terms: list[Tensor], zero: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ It knows no op by name. How the sample axis moves stands in `sample_axis`, what 
 gradients are in `rules`.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from .ownership import of_base, written
 from .registry import EXPANSIONS, Operation, operation
 from .running import accumulates, in_backward, in_transform, modes, unrecorded, unwrapped
 from .sample_axis import EXPANDS, KEEPS, MOVES, TURNS, follow, refuse_mixing
+from .strategy import Strategy, prepare, using
+from .sums import Store
 from .taps import Factors, Grads, unseen_leaves
 
 CONSTANT = "constant"
@@ -56,6 +59,8 @@ class Recording(TorchFunctionMode):
         fallback: str = "allow",
         create_graph: bool = False,
         consume: Callable[[str, Factor], None] | None = None,
+        strategy: Strategy | None = None,
+        store: Store | None = None,
     ) -> None:
         super().__init__()
         _one_of("fallback", fallback, "allow", "error")
@@ -63,7 +68,8 @@ class Recording(TorchFunctionMode):
         self.model, self.n, self.batch_dim = model, batch_size, batch_dim
         self.loss_reduction, self.fallback, self.create_graph = loss_reduction, fallback, create_graph
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.collector = Collector(self.parameters, consume, create_graph=create_graph)
+        self.strategy = strategy or Strategy()
+        self.collector = Collector(self.parameters, consume, create_graph=create_graph, store=store)
         self.anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
         self._names_of: dict[int, str] = {}
@@ -95,6 +101,8 @@ class Recording(TorchFunctionMode):
         refuse_unrecordable(modules)
         self._modules = list(modules.values())
         self._names_of = {id(p): name for name, p in self.parameters.items()}
+        for parameter in itertools.islice(self.parameters.values(), 1):
+            prepare(parameter)
         for tensor in held_tensors(self._modules):
             self.declare(tensor, CONSTANT)
         for name, parameter in self.parameters.items():
@@ -401,7 +409,7 @@ class Recording(TorchFunctionMode):
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Our own arithmetic, with a graph if its results are to be differentiated again."""
-        with unrecorded(), torch.set_grad_enabled(self.create_graph):
+        with unrecorded(), torch.set_grad_enabled(self.create_graph), using(self.strategy):
             yield
 
     def collected(self) -> dict[str, Factor]:

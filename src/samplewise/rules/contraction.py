@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from samplewise.contractions import Letters, contract
-from samplewise.factors import Dense, Factor, Outer
+from samplewise.factors import Dense, Factor
+from samplewise.outer import Outer
 from samplewise.registry import rule
 
 

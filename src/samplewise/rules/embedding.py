@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplewise.factors import Rows
+from samplewise.outer import Rows
 from samplewise.registry import expand, rule
 
 

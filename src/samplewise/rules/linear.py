@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from samplewise.factors import Dense, Outer, positions
+from samplewise.factors import Dense, positions
+from samplewise.outer import Outer
 from samplewise.registry import rule
 
 

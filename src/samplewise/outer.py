@@ -1,0 +1,267 @@
+"""Factors of products: sums of outer products over positions, and the same with a one-hot left."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Size, Tensor
+
+from .buffers import scratch
+from .factors import Dense, Factor, chunk_size, squares, wide
+from .strategy import current, has_onednn, onednn_linear, rates
+
+# A Gram of positions is formed in blocks of at most so many, half of them: it is symmetric.
+_BLOCK = 128
+# Below it, in flop, the call itself costs more than the product.
+_SMALL_PRODUCT = 1e8
+
+
+@dataclass(frozen=True)
+class Outer(Factor):
+    """grad[n,g] = sum_t left[n,g,t] ⊗ right[n,g,t]: linear layers, contractions, and conv after unfold."""
+
+    left: Tensor  # (n, g, t, o)
+    right: Tensor  # (n, g, t, i)
+    shape: Size  # of the parameter; g * o * i elements
+
+    @property
+    def n(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def algorithm(self) -> str:
+        (_, g, t, o), i, name = self.left.shape, self.right.shape[-1], current().name
+        if t <= 1:
+            return "gram"
+        if name in {"gram", "tile"}:
+            return name
+        rate = rates(self.left)
+        gram = gram_seconds(self.left, i)
+        # 2 t o i flop, written to cache and read once
+        tile = g * o * i * (2 * t / max(rate.product, rate.linear) + 2 * self.left.element_size() / rate.memory)
+        return "gram" if name == "auto" and gram <= tile else "tile"
+
+    def regroup(self, n: int) -> "Outer":
+        if self.n == n:
+            return self
+        return Outer(_rows_to_positions(self.left, n), _rows_to_positions(self.right, n), self.shape)
+
+    def to_dense(self) -> Tensor:
+        return self.write(self.left.new_empty(self.n, *self.shape)) if _writable(self) else _products(self)
+
+    def write(self, out: Tensor) -> Tensor:
+        if not _writable(self) or out.dtype != self.left.dtype or not out.is_contiguous():
+            return super().write(out)
+        (n, g, t, o), i = self.left.shape, self.right.shape[-1]
+        blocks, left, right = out.view(n * g, o, i), self.left.reshape(n * g, t, o), self.right.reshape(n * g, t, i)
+        if t == 1:
+            torch.mul(left.mT, right, out=blocks)
+        else:
+            torch.bmm(left.mT, right, out=blocks)
+        return out
+
+    def sq_norms(self) -> Tensor:
+        if self.left.shape[2] == 1:
+            # Goodfellow 2015, arXiv:1510.01799: |a|^2 |g|^2
+            (n, g, _, o), i = self.left.shape, self.right.shape[-1]
+            each = squares(self.left.reshape(n * g, o)) * squares(self.right.reshape(n * g, i))
+            return each.reshape(n, g).sum(1)
+        left, right = wide(self.left), wide(self.right)
+        if self.algorithm == "gram":
+            # Ghost norm (Li et al. 2022, arXiv:2110.05679)
+            return gram_norms(left, right)
+        return torch.cat([squares(part) for part in _tiles(left, right)])
+
+    def inner(self, other: Factor) -> Tensor:
+        if isinstance(other, Outer) and _same_blocks(self, other):
+            (_, _, t, o), s, i = self.left.shape, other.left.shape[2], self.right.shape[-1]
+            if t * s * (o + i) <= (t + s) * o * i:
+                rows = wide(self.left) @ wide(other.left).mT
+                return (rows * (wide(self.right) @ wide(other.right).mT)).sum((1, 2, 3))
+        if isinstance(other, Rows):
+            return other.inner(self)
+        return super().inner(other)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        scale = weights.to(self.left.dtype)[:, None, None, None]
+        left, right = self.left, self.right
+        # the narrower of the two is the cheaper to scale
+        left, right = (_scaled(left, scale), right) if left.shape[3] <= right.shape[3] else (left, _scaled(right, scale))
+        if left.shape[1] == 1:
+            # one product over all samples and positions, as the ordinary gradient is
+            return _product(left.flatten(0, 2), right.flatten(0, 2)).reshape(self.shape)
+        return torch.einsum("ngto,ngti->goi", left, right).reshape(self.shape)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        (_, g, _, o), i = self.left.shape, self.right.shape[-1]
+        left, right = wide(self.left), wide(self.right)
+        mapped = right @ direction.to(right.dtype).reshape(g, o, i).mT
+        return (mapped * left).sum((1, 2, 3))
+
+    def gram(self, other: Factor) -> Tensor:
+        if isinstance(other, Outer) and _same_blocks(self, other):
+            (_, _, t, o), s, i = self.left.shape, other.left.shape[2], self.right.shape[-1]
+            # pairwise positions n m t s (o + i) flops against forming both, (n + m) t o i, and their product, n m o i
+            if t * s * (o + i) <= o * i:
+                left = torch.einsum("ngto,mgso->nmgts", wide(self.left), wide(other.left))
+                right = torch.einsum("ngti,mgsi->nmgts", wide(self.right), wide(other.right))
+                return (left * right).sum((2, 3, 4))
+        return super().gram(other)
+
+
+@dataclass(frozen=True)
+class Rows(Factor):
+    """grad[n, index[n,t]] += value[n,t]: an `Outer` with a one-hot left, made by embeddings."""
+
+    index: Tensor  # (n, t)
+    value: Tensor  # (n, t, d)
+    shape: Size  # (v, d)
+
+    @property
+    def n(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def algorithm(self) -> str:
+        return "rows"
+
+    def regroup(self, n: int) -> "Rows":
+        positions = self.index.numel() // n if n else 0
+        return Rows(self.index.reshape(n, positions), self.value.reshape(n, positions, self.shape[-1]), self.shape)
+
+    def to_dense(self) -> Tensor:
+        dense = self.value.new_zeros(self.n * self.shape[0], self.shape[1])
+        dense.index_add_(0, self._keys().flatten(), self.value.flatten(0, 1))
+        return dense.reshape(self.n, *self.shape)
+
+    def write(self, out: Tensor) -> Tensor:
+        if out.dtype != self.value.dtype or not out.is_contiguous():
+            return super().write(out)
+        out.zero_().view(self.n * self.shape[0], self.shape[1]).index_add_(0, self._keys().flatten(), self.value.flatten(0, 1))
+        return out
+
+    def sq_norms(self) -> Tensor:
+        # one row for each place in the order of the keys (sample, row of the table): equal keys stand together and share one
+        keys, order = self._keys().flatten().sort()
+        first = torch.ones_like(keys, dtype=torch.bool)
+        first[1:] = keys[1:] != keys[:-1]
+        place = torch.empty_like(order).index_copy_(0, order, first.cumsum(0) - 1)
+        value = wide(self.value).flatten(0, 1)
+        totals = torch.zeros_like(value).index_add_(0, place, value)
+        samples = keys.new_zeros(len(keys)).index_copy(
+            0, first.cumsum(0) - 1, keys.div(max(self.shape[0], 1), rounding_mode="floor")
+        )
+        return value.new_zeros(self.n).index_add_(0, samples, squares(totals))
+
+    def inner(self, other: Factor) -> Tensor:
+        if isinstance(other, Outer) and other.left.shape[1] == 1:
+            # tied embedding and head: <E, H> = sum_{t,s} left[t, index[s]] (right[t] · value[s])
+            t = other.left.shape[2]
+            picked = other.left[:, 0].gather(2, self.index[:, None].expand(-1, t, -1))
+            return (wide(picked) * (wide(other.right[:, 0]) @ wide(self.value).mT)).sum((1, 2))
+        if isinstance(other, Dense):
+            picked = other.grad[torch.arange(self.n, device=self.index.device)[:, None], self.index]
+            return (wide(picked) * wide(self.value)).sum((1, 2))
+        return super().inner(other)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        scaled = self.value * weights.to(self.value.dtype)[:, None, None]
+        return self.value.new_zeros(self.shape).index_add_(0, self.index.flatten(), scaled.flatten(0, 1))
+
+    def dot(self, direction: Tensor) -> Tensor:
+        value = wide(self.value)
+        return (direction.to(value.dtype)[self.index] * value).sum((1, 2))
+
+    def gram(self, other: Factor) -> Tensor:
+        if not isinstance(other, Rows):
+            return super().gram(other)
+        same = self.index[:, None, :, None] == other.index[None, :, None, :]
+        values = torch.einsum("ntd,msd->nmts", wide(self.value), wide(other.value))
+        return (same * values).sum((2, 3))
+
+    def _keys(self) -> Tensor:
+        """One number for each sample and row of the table, `(n, t)`."""
+        samples = torch.arange(self.n, device=self.index.device)[:, None]
+        return samples * self.shape[0] + self.index
+
+
+def gram_seconds(left: Tensor, i: int) -> float:
+    """What norms by inner products of positions cost for each sample, at the measured rates."""
+    (_, g, t, o), rate = left.shape, rates(left)
+    blocks = math.ceil(t / _block(t))
+    flops = 2 * g * t * t * (o + i) * (blocks + 1) / (2 * blocks)
+    # both Grams written, multiplied in place and summed
+    return flops / rate.product + 4 * g * t * t * left.element_size() / rate.memory
+
+
+def gram_norms(left: Tensor, right: Tensor) -> Tensor:
+    """`sum_{t,s} (left[t] · left[s]) (right[t] · right[s])`, `(n,)`, by the blocks on and above the diagonal."""
+    n, g, t, _ = left.shape
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    total, size = left.new_zeros(n * g), _block(t)
+    for a, b in itertools.combinations_with_replacement(range(0, t, size), 2):
+        one, two = slice(a, a + size), slice(b, b + size)
+        products = _bmm(left[:, one], left[:, two].mT, "gram, left")
+        products *= _bmm(right[:, one], right[:, two].mT, "gram, right")
+        total += products.sum((1, 2)) * (1 if a == b else 2)
+    return total.reshape(n, g).sum(1)
+
+
+def _block(t: int) -> int:
+    """Two blocks, or more where they would be large."""
+    return max(1, min(_BLOCK, (t + 1) // 2) if t > 16 else t)
+
+
+def _bmm(a: Tensor, b: Tensor, slot: str) -> Tensor:
+    if torch.is_grad_enabled():
+        return a @ b
+    return torch.bmm(a, b, out=scratch(slot, (a.shape[0], a.shape[1], b.shape[2]), a))
+
+
+def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """The gradients of a few samples at a time, `(m, g * o, i)`, in memory that the next ones overwrite."""
+    (n, g, t, o), i = left.shape, right.shape[-1]
+    if g == 1 and n and _by_onednn(left, 2 * t * o * i):
+        for a, b in zip(left[:, 0], right[:, 0], strict=True):
+            yield onednn_linear(a.mT, b.mT)[None]
+        return
+    size = chunk_size(g * o * i * left.element_size())
+    for a, b in zip(left.split(size), right.split(size), strict=True):
+        tile = _bmm(a.flatten(0, 1).mT, b.flatten(0, 1), "tile")
+        yield tile.reshape(len(a), g * o, i)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`sum_k left[k] ⊗ right[k]` of two matrices."""
+    if _by_onednn(left, 2 * left.numel() * right.shape[1]):
+        return onednn_linear(left.mT, right.mT)
+    return left.mT @ right
+
+
+def _by_onednn(left: Tensor, flops: float) -> bool:
+    rate = rates(left)
+    return flops > _SMALL_PRODUCT and rate.linear > 1.1 * rate.product and not torch.is_grad_enabled() and has_onednn(left)
+
+
+def _products(factor: Outer) -> Tensor:
+    return (factor.left.mT @ factor.right).reshape(factor.n, *factor.shape)
+
+
+def _writable(factor: Outer) -> bool:
+    """Whether a product may be written into memory that is there already: not where a graph is built."""
+    return not torch.is_grad_enabled() and factor.left.dtype == factor.right.dtype
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    return x * scale if torch.is_grad_enabled() else torch.mul(x, scale, out=scratch("scaled", x.shape, x))
+
+
+def _rows_to_positions(x: Tensor, n: int) -> Tensor:
+    rows = x.shape[0] // n if n else 1
+    return x.reshape(n, rows, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+
+def _same_blocks(a: Outer, b: Outer) -> bool:
+    return a.left.shape[1::2] == b.left.shape[1::2] and a.right.shape[-1] == b.right.shape[-1]

@@ -1,0 +1,220 @@
+"""Which algorithm a quantity takes: costs in seconds, from shapes and from rates that are measured once for each device and dtype."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+STRATEGIES = ("auto", "gram", "tile", "store")
+# Gradients that stay below it in all are stored whenever that saves time; larger ones only where it saves memory too.
+MEMORY_BUDGET = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How norms and weighted sums of outer products are found.
+
+    "gram": from inner products of positions; "tile": from gradients formed a few samples at a time and dropped; "store": from
+    gradients formed once and kept; "auto": by cost.
+    """
+
+    name: str = "auto"
+    # bytes of gradients that may be stored beyond what their factors would take
+    memory_budget: int = MEMORY_BUDGET
+
+    def __post_init__(self) -> None:
+        if self.name not in STRATEGIES:
+            raise ValueError(f"record: strategy is one of {', '.join(map(repr, STRATEGIES))}, got {self.name!r}")
+        if self.memory_budget < 0:
+            raise ValueError(f"record: memory_budget is a number of bytes, got {self.memory_budget}")
+
+    @staticmethod
+    def of(name: str, memory_budget: int | None) -> "Strategy":
+        """From the arguments of the public functions."""
+        return Strategy(name, MEMORY_BUDGET if memory_budget is None else memory_budget)
+
+
+_CURRENT: ContextVar[Strategy] = ContextVar("strategy")
+
+
+def current() -> Strategy:
+    """The strategy of the recording whose quantities are being computed."""
+    return _CURRENT.get(Strategy())
+
+
+@contextmanager
+def using(strategy: Strategy) -> Iterator[None]:
+    """Compute quantities by one strategy."""
+    token = _CURRENT.set(strategy)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second."""
+
+    # flop/s of batched matrix products
+    product: float
+    # flop/s of the ordinary weight gradient of a convolution
+    convolution: float
+    # flop/s of oneDNN's linear layer, zero where there is none: on some CPUs twice those of the BLAS
+    linear: float
+    # bytes/s into memory in use
+    memory: float
+
+
+# Of a server CPU with two threads, and of an H200 (arithmetic, not measured); `calibrate` measures.
+_UNMEASURED = {"cpu": Rates(180e9, 300e9, 0.0, 40e9), "cuda": Rates(40e12, 20e12, 0.0, 4e12)}
+_HALF_SPEEDUP = 10
+Key = tuple[torch.device, torch.dtype, int]
+_MEASURED: dict[Key, Rates] = {}
+
+
+def rates(like: Tensor) -> Rates:
+    """The rates for tensors of this device and dtype, measured or typical."""
+    found = _MEASURED.get((like.device, like.dtype, torch.get_num_threads()))
+    if found is not None:
+        return found
+    typical = _UNMEASURED.get(like.device.type, _UNMEASURED["cpu"])
+    if like.device.type == "cuda" and like.dtype in {torch.float16, torch.bfloat16}:
+        return Rates(_HALF_SPEEDUP * typical.product, _HALF_SPEEDUP * typical.convolution, 0.0, typical.memory)
+    return typical
+
+
+def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, again: bool = False) -> Rates:
+    """Measure the rates of a device, unless that was done before; the first recording on a device does so.
+
+    They are kept in `$SAMPLEWISE_CACHE/rates.json` (by default in the user's cache directory). Set `SAMPLEWISE_CALIBRATE=0` to go by
+    typical rates, for choices that do not depend on the machine.
+
+    Args:
+        device: To measure on.
+        dtype: A floating-point type.
+        again: Measure even if it was done before.
+
+    Returns:
+        The rates, in flop/s and bytes/s.
+
+    Example:
+        >>> calibrate("cpu", torch.float32).product > 0
+        True
+    """
+    device = torch.empty(0, device=device).device
+    key = (device, dtype, torch.get_num_threads())
+    found = None if again else _MEASURED.get(key) or _read().get(_name(device, dtype))
+    if found is None:
+        found = _measure(device, dtype)
+        _write(_name(device, dtype), found)
+    _MEASURED[key] = found
+    return found
+
+
+def prepare(like: Tensor) -> None:
+    """Before a recording: know the rates of its device."""
+    if (
+        (like.device, like.dtype, torch.get_num_threads()) not in _MEASURED
+        and like.device.type in _UNMEASURED
+        and like.dtype in {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+        and os.environ.get("SAMPLEWISE_CALIBRATE", "1") != "0"
+        and not torch._C._len_torch_dispatch_stack()  # noqa: SLF001
+        and not torch.compiler.is_compiling()
+    ):
+        calibrate(like.device, like.dtype)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------------
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Four small probes, about a tenth of a second in all."""
+    with torch._C.DisableTorchFunction(), torch.inference_mode():  # noqa: SLF001
+        scale = 4 if device.type == "cuda" else 1
+        n, t, c = 8 * scale, 128, 256 * scale
+        a = torch.ones(n, t, c, device=device, dtype=dtype)
+        out = torch.empty(n, c, c, device=device, dtype=dtype)
+        far, near = torch.ones(2, 2**23 * scale, device=device, dtype=dtype)
+        image = torch.ones(16, 64, 16, 16, device=device, dtype=dtype)
+        settings = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+        weight = torch.ones(64, 64, 3, 3, device=device, dtype=dtype)
+        flops = 2 * n * t * c * c
+        rows = a.flatten(0, 1)
+        return Rates(
+            product=flops / _seconds(lambda: torch.bmm(a.mT, a, out=out), device),
+            convolution=2
+            * 16
+            * 256
+            * weight.numel()
+            / _seconds(lambda: torch.ops.aten.convolution_backward(image, image, weight, None, *settings), device),
+            linear=flops / _seconds(lambda: onednn_linear(rows.mT, rows.mT), device) if has_onednn(rows) else 0.0,
+            memory=2 * far.nbytes / _seconds(lambda: torch.neg(far, out=near), device),
+        )
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
+    """The shortest of several: what else the machine does must not count."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def has_onednn(like: Tensor) -> bool:
+    """Whether oneDNN has a linear layer for tensors of this device and dtype."""
+    known = like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(input: Tensor, weight: Tensor) -> Tensor:
+    """`input @ weight.T` of two matrices by oneDNN."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, None, "none", [], "")  # noqa: SLF001
+    return product
+
+
+# --- keeping ----------------------------------------------------------------------------------------------------------------
+
+
+def _name(device: torch.device, dtype: torch.dtype) -> str:
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()}, {torch.get_num_threads()} threads"
+    )
+    return f"torch {torch.__version__}, {device.type} {name}, {dtype}"
+
+
+def _file() -> Path:
+    cache = os.environ.get("SAMPLEWISE_CACHE")
+    return Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samplewise") / "rates.json"
+
+
+def _read() -> dict[str, Rates]:
+    try:
+        return {key: Rates(**value) for key, value in json.loads(_file().read_text()).items()}
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError):
+        # none yet, no home, or not ours
+        return {}
+
+
+def _write(name: str, found: Rates) -> None:
+    """Keep the rates for the next process, where there is a place to."""
+    try:
+        file = _file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_text(json.dumps({key: asdict(value) for key, value in {**_read(), name: found}.items()}, indent=1))
+        part.replace(file)
+    except (OSError, RuntimeError):
+        return

@@ -1,0 +1,138 @@
+"""Several uses of one parameter: their factors put together, and gradients kept where that is leaner."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Size, Tensor
+
+from .buffers import scratch
+from .factors import Dense, Factor, Pulled, Single
+from .outer import Outer, Rows
+from .strategy import current
+
+
+@dataclass(frozen=True)
+class Sum(Factor):
+    """Several uses of one parameter: tying, recurrence, reuse."""
+
+    terms: tuple[Factor, ...]
+
+    @property
+    def shape(self) -> Size:  # type: ignore[override]
+        return self.terms[0].shape
+
+    @property
+    def n(self) -> int:
+        return self.terms[0].n
+
+    def regroup(self, n: int) -> "Sum":
+        return Sum(tuple(term.regroup(n) for term in self.terms))
+
+    def to_dense(self) -> Tensor:
+        return sum((term.to_dense() for term in self.terms[1:]), self.terms[0].to_dense())
+
+    def sq_norms(self) -> Tensor:
+        if _apart(self.terms):
+            return torch.stack([term.sq_norms() for term in self.terms]).sum(0)
+        if not all(isinstance(term, Outer | Rows | Sum) for term in self.terms):
+            return super().sq_norms()
+        # |E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>
+        cross = [a.inner(b) for k, a in enumerate(self.terms) for b in self.terms[:k]]
+        squares = [term.sq_norms() for term in self.terms]
+        return torch.stack([*squares, *(2 * c for c in cross)]).sum(0).clamp_min(0)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return torch.stack([term.weighted_sum(weights) for term in self.terms]).sum(0)
+
+    def dot(self, direction: Tensor) -> Tensor:
+        return torch.stack([term.dot(direction) for term in self.terms]).sum(0)
+
+    def project(self, matrix: Tensor) -> Tensor:
+        return torch.stack([term.project(matrix) for term in self.terms]).sum(0)
+
+
+def add(factors: Sequence[Factor]) -> Factor:
+    """One factor for the sum of several of equal shape; outer products and rows concatenate along their positions."""
+    outers: dict[tuple[int, ...], list[Outer]] = {}
+    rows: list[Rows] = []
+    dense: list[Tensor] = []
+    singles: list[Single] = []
+    others: list[Factor] = []
+    for factor in factors:
+        if isinstance(factor, Outer):
+            outers.setdefault((factor.left.shape[1], factor.left.shape[3], factor.right.shape[3]), []).append(factor)
+        elif isinstance(factor, Rows):
+            rows.append(factor)
+        elif isinstance(factor, Dense):
+            dense.append(factor.grad)
+        elif isinstance(factor, Single):
+            singles.append(factor)
+        else:
+            others.append(factor)
+    terms = [*(_join_outers(group) for group in outers.values()), *others]
+    if rows:
+        terms.append(_join_rows(rows))
+    if len(singles) == 1:
+        terms.append(singles[0])
+    elif singles:
+        dense.append(_join_singles(singles))
+    if dense:
+        terms.append(Dense(sum(dense[1:], dense[0])))
+    return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+
+
+def _apart(terms: Sequence[Factor]) -> bool:
+    """Whether the terms are gradients of parts of a parameter that share no element: the thirds of a packed weight."""
+    regions = [term.region for term in terms if isinstance(term, Pulled) and term.isometric and term.region is not None]
+    regions.sort(key=lambda region: region.start)
+    return len(regions) == len(terms) and all(a.stop <= b.start for a, b in itertools.pairwise(regions))
+
+
+@dataclass
+class Store:
+    """Keeps gradients in place of factors, where that takes less memory, or less time within the budget."""
+
+    # into memory that the next step overwrites
+    reuse: bool = False
+    spent: int = 0
+
+    def worth(self, factor: Factor) -> bool:
+        """Whether to keep the gradients themselves."""
+        name, budget = current().name, current().memory_budget
+        if factor.algorithm not in {"gram", "tile"} or name not in {"auto", "store"}:
+            return False
+        held = [x for x in vars(factor).values() if isinstance(x, Tensor)]
+        size = factor.n * factor.shape.numel() * held[0].element_size()
+        lean = size <= sum(x.nbytes for x in held)
+        # norms by tiles form the gradients anyway: kept, they need not be formed again for a weighted sum
+        quick = factor.algorithm == "tile" and self.spent + size <= budget
+        self.spent += size if quick and not lean else 0
+        return lean or quick or name == "store"
+
+    def kept(self, slot: str, factor: Factor) -> Factor:
+        """The gradients, as a factor."""
+        like = next(x for x in vars(factor).values() if isinstance(x, Tensor))
+        shape = (factor.n, *factor.shape)
+        return Dense(factor.write(scratch(slot, shape, like)) if self.reuse else factor.to_dense())
+
+
+def _join_outers(outers: list[Outer]) -> Outer:
+    if len(outers) == 1:
+        return outers[0]
+    left, right = torch.cat([f.left for f in outers], 2), torch.cat([f.right for f in outers], 2)
+    return Outer(left, right, outers[0].shape)
+
+
+def _join_rows(rows: list[Rows]) -> Rows:
+    if len(rows) == 1:
+        return rows[0]
+    return Rows(torch.cat([f.index for f in rows], 1), torch.cat([f.value for f in rows], 1), rows[0].shape)
+
+
+def _join_singles(singles: list[Single]) -> Tensor:
+    dense = singles[0].to_dense()
+    for single in singles[1:]:
+        dense[single.sample] += single.grad
+    return dense

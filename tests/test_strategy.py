@@ -1,0 +1,251 @@
+"""The choice of algorithms: any choice gives the same numbers, and costs decide by shapes, budget and measured rates."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import samplewise as sw
+from samplewise import buffers, strategy
+from samplewise.strategy import STRATEGIES, Rates
+
+
+class Mixed(nn.Module):
+    """A convolution, an embedding tied to a head, and layers on both sides of every choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(7, 4)
+        self.early, self.late = nn.Conv1d(4, 3, 3, padding=1), nn.Conv1d(3, 16, 3, stride=4, padding=1)
+        self.wide, self.narrow = nn.Linear(16, 40), nn.Linear(40, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.late(self.early(self.tokens(ids).mT).relu()).mT
+        return self.norm(self.narrow(self.wide(x).tanh())) @ self.tokens.weight.T
+
+
+def losses(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).logsumexp(-1).square().sum(1)
+
+
+def setting() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Mixed().double(), torch.randint(7, (3, 24))
+
+
+def by_loop(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    rows = [torch.autograd.grad(losses(model, ids[k : k + 1]).sum(), list(model.parameters())) for k in range(len(ids))]
+    return {
+        name: torch.stack(column) for (name, _), column in zip(model.named_parameters(), zip(*rows, strict=True), strict=True)
+    }
+
+
+def clipped(grads: dict[str, Tensor], limit: float) -> tuple[dict[str, Tensor], Tensor]:
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+    weights = (limit / norms).clamp(max=1)
+    return {name: torch.einsum("n,n...->...", weights, g) for name, g in grads.items()}, norms
+
+
+@pytest.mark.parametrize("budget", [None, 0, 10**9])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_gives_the_loops_numbers(name: str, budget: int | None) -> None:
+    model, ids = setting()
+    expected = by_loop(model, ids)
+    sums, norms = clipped(expected, 0.5)
+    with sw.record(model, strategy=name, memory_budget=budget) as rec:
+        rec.backward(losses(model, ids))
+    found = sw.clipped_grads(model, losses, ids, max_grad_norm=0.5, strategy=name, memory_budget=budget)
+    torch.testing.assert_close(rec.grads(), expected)
+    torch.testing.assert_close(rec.norms(), norms)
+    torch.testing.assert_close(rec.clipped_sum(0.5), sums)
+    torch.testing.assert_close(found, (sums, norms))
+    torch.testing.assert_close(sw.per_sample_norms(model, losses, ids, strategy=name), norms)
+
+
+def chosen(model: nn.Module, ids: Tensor, **options: object) -> dict[str, tuple[str, ...]]:
+    with sw.record(model, **options) as rec:
+        rec.backward(losses(model, ids))
+    return {row.parameter: row.algorithm for row in rec.coverage().rows}
+
+
+def test_coverage_shows_the_choice() -> None:
+    model, ids = setting()
+    assert chosen(model, ids, strategy="store")["wide.weight"] == ("store",)
+    assert chosen(model, ids, strategy="gram")["wide.weight"] == ("gram",)
+    assert chosen(model, ids, strategy="tile")["early.weight"] == ("tile",)
+    found = chosen(model, ids, strategy="gram")
+    assert found["norm.weight"] == ("dense",)
+    assert found["tokens.weight"] == ("rows", "gram") or found["tokens.weight"] == ("gram", "rows")
+
+
+def rated(monkeypatch: pytest.MonkeyPatch, **change: float) -> None:
+    rates = Rates(**{"product": 1e11, "convolution": 1e11, "linear": 0.0, "memory": 1e10, **change})
+    monkeypatch.setattr(strategy, "_MEASURED", {})
+    monkeypatch.setattr(strategy, "calibrate", lambda *_: rates)
+    monkeypatch.setattr(strategy, "_UNMEASURED", {"cpu": rates})
+
+
+def test_rates_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With slow memory gradients are not formed where positions are few; with slow products they are."""
+    model, ids = setting()
+    rated(monkeypatch, memory=1.0)
+    assert chosen(model, ids, memory_budget=0)["wide.weight"] == ("gram",)
+    rated(monkeypatch, product=1.0)
+    # six positions: 36 (16 + 40) against 6 * 16 * 40
+    assert chosen(model, ids, memory_budget=0)["wide.weight"] == ("gram",)
+    # 24 positions of 4 channels, of which the patches have 12: 576 (3 + 12) against 24 * 36
+    assert chosen(model, ids, memory_budget=0)["early.weight"] in {("tile",), ("store",)}
+
+
+def test_the_budget_limits_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 positions of 40 and 40 channels: norms by tiles are the fastest, gradients larger than their factors."""
+    rated(monkeypatch, product=1.0, linear=2.0)
+    model, batch = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)).double(), torch.randn(3, 16, 40).double()
+    size = 3 * 40 * 40 * 8
+    for budget, stored in [(0, 0), (size, 1), (2 * size - 1, 1), (2 * size, 2)]:
+        with sw.record(model, memory_budget=budget) as rec:
+            rec.backward(model(batch).square().sum((1, 2)))
+        assert [row.algorithm for row in rec.coverage().rows].count(("store",)) == stored
+
+
+# --- rates --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Callable[[], dict[str, dict[str, float]]]:
+    monkeypatch.setattr(strategy, "_MEASURED", {})
+    monkeypatch.setenv("SAMPLEWISE_CACHE", str(tmp_path / "cache"))
+    return lambda: json.loads((tmp_path / "cache" / "rates.json").read_text())
+
+
+def test_rates_are_measured_once_and_kept(cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sw.calibrate("cpu", torch.float32)
+    assert min(first.product, first.convolution, first.memory) > 1e6
+    assert list(cache().values()) == [vars(first)]
+    strategy._MEASURED.clear()
+    monkeypatch.setattr(strategy, "_measure", lambda *_: pytest.fail("measured twice"))
+    assert sw.calibrate("cpu", torch.float32) == first
+    assert strategy.rates(torch.zeros(1)) == first
+
+
+def test_other_types_have_rates_of_their_own(cache) -> None:
+    assert sw.calibrate("cpu", torch.float64) != sw.calibrate("cpu", torch.float32)
+    assert len(cache()) == 2
+
+
+def test_a_recording_measures_before_it_begins_and_never_within(cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(strategy, "_measure", lambda *what: measured.append(what) or Rates(1.0, 1.0, 0.0, 1.0))
+    model, ids = setting()
+    with sw.record(model) as rec:
+        assert len(measured) == 1
+        rec.backward(losses(model, ids))
+        rec.norms()
+    sw.per_sample_norms(model, losses, ids)
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[]", '{"a": 1}', '{"a": {"b": 2}}'])
+def test_a_broken_cache_is_measured_anew(cache, tmp_path, text: str) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "rates.json").write_text(text)
+    found = sw.calibrate("cpu", torch.float32)
+    assert vars(found) in cache().values()
+
+
+def test_without_a_place_to_write_rates_stay_in_memory(cache, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAMPLEWISE_CACHE", str(tmp_path / "file" / "inside"))
+    assert sw.calibrate("cpu", torch.float32) == strategy.rates(torch.zeros(1))
+
+
+def test_measuring_can_be_switched_off(cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMPLEWISE_CALIBRATE", "0")
+    monkeypatch.setattr(strategy, "_measure", lambda *_: pytest.fail("measured"))
+    model, ids = setting()
+    assert sw.per_sample_norms(model, losses, ids).shape == (3,)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------------
+
+
+def test_buffers_are_reused_and_can_be_given_back() -> None:
+    sw.release_buffers()
+    with torch.no_grad():
+        first = buffers.scratch("a", (4, 5), torch.zeros(1))
+        again = buffers.scratch("a", (3,), torch.zeros(1))
+        other = buffers.scratch("b", (3,), torch.zeros(1))
+        wider = buffers.scratch("a", (3,), torch.zeros(1, dtype=torch.float64))
+        assert first.data_ptr() == again.data_ptr()
+        assert len({x.data_ptr() for x in (first, other, wider)}) == 3
+        sw.release_buffers()
+        assert not buffers._slots().held
+
+
+def test_no_buffer_is_shared_with_a_graph_or_a_trace() -> None:
+    with torch.enable_grad():
+        assert buffers.scratch("a", (3,), torch.zeros(1)).data_ptr() != buffers.scratch("a", (3,), torch.zeros(1)).data_ptr()
+    sw.release_buffers()
+    with torch._subclasses.FakeTensorMode(), torch.no_grad():
+        buffers.scratch("a", (3,), torch.empty(1))
+    assert not buffers._slots().held
+
+
+def test_the_kept_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    sw.release_buffers()
+    monkeypatch.setattr(buffers, "LIMIT", 100)
+    with torch.no_grad():
+        buffers.scratch("a", (20,), torch.zeros(1))
+        buffers.scratch("b", (20,), torch.zeros(1))
+    assert sum(x.nbytes for x in buffers._slots().held.values()) <= 100
+
+
+def test_memory_made_in_inference_mode_serves_outside() -> None:
+    sw.release_buffers()
+    model, ids = setting()
+    with sw.record(model, strategy="tile") as rec:
+        rec.backward(losses(model, ids))
+    with torch.inference_mode():
+        inside = rec.norms()
+    torch.testing.assert_close(rec.norms(), inside)
+
+
+def test_results_do_not_change_with_the_next_step() -> None:
+    model, ids = setting()
+    first = sw.clipped_grads(model, losses, ids, max_grad_norm=0.5, strategy="store")
+    copies = {name: x.clone() for name, x in first[0].items()}, first[1].clone()
+    sw.clipped_grads(model, losses, ids.flip(1), max_grad_norm=0.1, strategy="store")
+    torch.testing.assert_close(first, copies, rtol=0, atol=0)
+
+
+# --- results into given memory --------------------------------------------------------------------------------------------------
+
+
+def test_gradients_into_given_memory() -> None:
+    model, ids = setting()
+    model.unused = nn.Parameter(torch.ones(2).double())
+    out = {name: torch.full((3, *p.shape), torch.nan).double() for name, p in model.named_parameters()}
+    found = sw.per_sample_grads(model, losses, ids, out=out)
+    assert all(found[name] is out[name] for name in out)
+    torch.testing.assert_close(found, sw.per_sample_grads(model, losses, ids))
+    with sw.record(model) as rec:
+        rec.backward(losses(model, ids))
+    torch.testing.assert_close(rec.grads(out=out), found)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_sums_into_the_parameters_gradients(name: str) -> None:
+    model, ids = setting()
+    expected, norms = sw.clipped_grads(model, losses, ids, max_grad_norm=0.5)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    out = {key: p.grad for key, p in model.named_parameters()}
+    found = sw.clipped_grads(model, losses, ids, max_grad_norm=0.5, strategy=name, out=out)
+    torch.testing.assert_close(found, (expected, norms))
+    assert all(found[0][key] is p.grad for key, p in model.named_parameters())
+    with sw.record(model, strategy=name) as rec:
+        rec.backward(losses(model, ids))
+    torch.testing.assert_close(rec.clipped_sum(0.5, out=out), expected)
