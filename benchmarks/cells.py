@@ -1,0 +1,178 @@
+"""One cell of a table: the time of a call in this process, or the peak memory of a method in a process of its own.
+
+    python benchmarks/cells.py samplewise norms gpt --sizes '{"n": 2, "length": 32}'
+
+Memory is what a step needs at its peak beyond the idle process (model, batch, the caller's buffers): resident memory on Linux, the
+allocator's count on CUDA.
+"""
+
+import argparse
+import ctypes
+import datetime as dt
+import gc
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from peers import SYSTEMS, Problem
+from workloads import CUDA_WORKLOADS, WORKLOADS
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how everything runs."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 2
+
+    def enter(self) -> None:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(self.threads)
+        # or float32 is not float32 in cuDNN
+        torch.backends.cudnn.allow_tf32 = False
+
+    def problem(self, workload: str, sizes: dict[str, int]) -> Problem:
+        """A workload by its name, the same numbers each time."""
+        torch.manual_seed(0)
+        made = {**WORKLOADS, **CUDA_WORKLOADS}[workload](**sizes)
+        return Problem.of(made.to(self.device, getattr(torch, self.dtype)))
+
+    def named(self) -> str:
+        """The processor, as torch and Python know it."""
+        if self.device != "cpu":
+            return torch.cuda.get_device_name()
+        return f"CPU {platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+    def described(self) -> str:
+        today = dt.datetime.now(dt.UTC).date()
+        return f"{today}, torch {torch.__version__}, {self.named()}, {self.threads} threads, {self.dtype}"
+
+
+def first_line(error: object, length: int = 160) -> str:
+    """What an error says, without paths of this machine."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    line = re.sub(r"(?<![\w:/.])/(?:[\w.+-]+/)+[\w.+-]*", "...", line)
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+# --- time -----------------------------------------------------------------------------------------------------------------------
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """The time of a call; its result is dropped after the clock has stopped. The garbage collector waits, as in `timeit`."""
+    gc.disable()
+    if device == "cpu":
+        start = time.perf_counter()
+        result = run()
+        elapsed = time.perf_counter() - start
+    else:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        result = run()
+        end.record()
+        torch.cuda.synchronize()
+        elapsed = start.elapsed_time(end) / 1e3
+    del result
+    gc.enable()
+    return elapsed
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------------
+
+
+def status(field: str) -> int:
+    """A line of the process's status, in bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024
+
+
+def idle(device: str) -> int:
+    """Bytes in use now; the count of the peak starts anew."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # what was freed goes back to the system, or a step could use it unseen
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak(device: str) -> int:
+    return status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+def memory(system: str, quantity: str, problem: Problem, device: str) -> float:
+    """Peak MiB of two steps of a method beyond the idle process."""
+    run = SYSTEMS[system].methods[quantity]
+    ready = SYSTEMS[system].prepare(problem, quantity)
+    # Two samples bring in the code that is loaded on first use.
+    run(ready.head(2))
+    before, result = idle(device), None
+    for _ in range(2):
+        # the result of the step before is dropped first
+        result = None
+        result = run(ready)
+    found = (peak(device) - before) / MIB
+    del result
+    return found
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whose memory is asked for."""
+
+    system: str
+    quantity: str
+    workload: str
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def memory_in_a_fresh_process(question: Question, place: Place) -> dict[str, float | str]:
+    """`{"mib": ...}`, or `{"trouble": ...}`."""
+    options = ["--sizes", json.dumps(question.sizes), "--device", place.device, "--dtype", place.dtype]
+    command = [sys.executable, __file__, question.system, question.quantity, question.workload, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        return {"trouble": first_line(last) or f"ended with {done.returncode}"}
+    return json.loads(done.stdout.strip().rpartition("\n")[2])
+
+
+def memories(questions: Iterable[Question], place: Place) -> list[dict[str, float | str]]:
+    """Peaks from fresh processes of one thread: two at once on a CPU, which does not change what each needs."""
+    with ThreadPoolExecutor(2 if place.device == "cpu" and place.threads > 1 else 1) as pool:
+        return list(pool.map(lambda question: memory_in_a_fresh_process(question, place), questions))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("quantity")
+    parser.add_argument("workload", choices=[*WORKLOADS, *CUDA_WORKLOADS])
+    parser.add_argument("--sizes", type=json.loads, default={})
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    given = parser.parse_args()
+    place = Place(given.device, given.dtype, threads=1)
+    place.enter()
+    problem = place.problem(given.workload, given.sizes)
+    print(json.dumps({"mib": memory(given.system, given.quantity, problem, given.device)}))
+
+
+if __name__ == "__main__":
+    main()
