@@ -236,6 +236,9 @@ def whole(x: Tensor) -> Axis:
     return Axis(0, 1, x.shape[0]) if x.ndim else Axis(0)
 
 
+_NESTED = (tuple, list, dict, slice)
+
+
 def tensors_in(value: object) -> list[Tensor]:
     """All tensors in nested tuples, lists and dictionaries."""
     found: list[Tensor] = []
@@ -248,7 +251,10 @@ def _gather(value: object, found: list[Tensor]) -> None:
         found.append(value)
     elif isinstance(value, tuple | list):
         for item in value:
-            _gather(item, found)
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, _NESTED):
+                _gather(item, found)
     elif isinstance(value, dict):
         for item in value.values():
             _gather(item, found)
@@ -261,8 +267,16 @@ def swapped(value: Any, new: Mapping[int, Any]) -> Any:
     if isinstance(value, Tensor):
         return new.get(id(value), value)
     if isinstance(value, tuple | list):
-        items = [swapped(item, new) for item in value]
-        return type(value)(items)
+        return type(value)(
+            [
+                new.get(id(item), item)
+                if isinstance(item, Tensor)
+                else swapped(item, new)
+                if isinstance(item, _NESTED)
+                else item
+                for item in value
+            ]
+        )
     if isinstance(value, dict):
         return {key: swapped(item, new) for key, item in value.items()}
     if isinstance(value, slice):

@@ -168,8 +168,9 @@ class Collector:
         if self.parameters[next(iter(source.names))].is_complex():
             # the structured quantities are real
             factor = Dense(factor.to_dense())
-        for use in uses:
-            use.structure, use.algorithm = type(factor).__name__, factor.algorithm
+        if self.consume is None:
+            for use in uses:
+                use.structure, use.algorithm = type(factor).__name__, factor.algorithm
         arrived = self._arrived.setdefault(source.key, Arrived(source))
         arrived.add(factor)
         if source.edge is None:
@@ -184,7 +185,7 @@ class Collector:
             factor = self.store.kept(f"gradients of {name}", factor)
             self._arrived[arrived.source.key] = fresh = Arrived(arrived.source)
             fresh.add(factor)
-            for use in self.uses:
+            for use in self.uses if self.consume is None else ():
                 if use.parameter == name:
                     use.algorithm = "store"
         if self.consume is not None:

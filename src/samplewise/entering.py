@@ -28,6 +28,8 @@ class Recorder(Collects, Protocol):
     collector: Collector
     anchor: Tensor
     fallback: str
+    # of the parameters themselves, by id
+    sources: dict[int, Source]
 
     def kind(self, tensor: Tensor) -> object:
         """What a tensor is: placed, lost, shared or constant."""
@@ -62,6 +64,9 @@ def replaced(call: Call, new: Mapping[int, Tensor]) -> tuple[tuple[Any, ...], di
 
 def source_of(recording: Recorder, tensor: Tensor) -> Source:
     """The use of a shared tensor here and now."""
+    known = recording.sources.get(id(tensor))
+    if known is not None:
+        return known
     kind = recording.kind(tensor)
     assert isinstance(kind, Shared)
     recording.collector.note_hooks(tensor)

@@ -1,5 +1,6 @@
 """Where a parameter meets the samples: by a rule, as a contraction, entering row by row, or by the fallback."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +66,9 @@ def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared
     if rule is not None and not (call.name in FIRST and any(axis.dim for _, axis in call.placed())):
         arguments = _bind(rule, call)
         slots, own = list(_slots(arguments)), {id(x) for x in shared}
-        batched = {name for name, _, x in slots if isinstance(call.where(x), Axis)}
+        batched = {name for name, _, x in slots if isinstance(call.known[id(x)], Axis)}
         if rule.covers({name for name, _, x in slots if id(x) in own}, batched):
-            return _by_rule(recording, func, call, rule, arguments, shared)
+            return _by_rule(recording, func, call, rule, arguments, slots, shared)
     if op.name in CONTRACTIONS:
         return _contract(recording, func, call, shared)
     return fall_back(recording, func, op, call, shared)
@@ -139,6 +140,10 @@ def _postponed(
     return swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
+# (argument, place in its list, tensor) for every tensor among a rule's arguments
+Slots = Sequence[tuple[str, int | None, Tensor]]
+
+
 @dataclass(frozen=True)
 class Slot:
     """Stands for a tensor argument of a rule until the backward: where it is kept, and which axis has the rows."""
@@ -184,13 +189,13 @@ def _slots(arguments: Mapping[str, Any]) -> Iterator[tuple[str, int | None, Tens
 
 
 def _by_rule(
-    recording: Recorder, func: Function, call: Call, rule: Rule, arguments: dict[str, Any], shared: list[Tensor]
+    recording: Recorder, func: Function, call: Call, rule: Rule, arguments: dict[str, Any], slots: Slots, shared: list[Tensor]
 ) -> Any:
     """Run the op on detached parameters and tap its results."""
     args, kwargs = replaced(call, {id(x): seen(recording, x) for x in shared})
     out = func(*args, **kwargs)
     axes = {id(x): axis for x, axis in call.placed()}
-    return _tap(recording, call, rule, arguments, axes, shared, out)
+    return _tap(recording, call, rule, arguments, slots, axes, shared, out)
 
 
 def _tap(
@@ -198,14 +203,14 @@ def _tap(
     call: Call,
     rule: Rule,
     arguments: dict[str, Any],
+    slots: Slots,
     axes: Mapping[int, Axis],
     shared: list[Tensor],
     out: Any,
 ) -> Any:
-    out = swapped(out, {id(x): _no_view(x) for x in tensors_in(out)})
-    outs = [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
-    places = [_placed(recording, call, x, shared) for x in outs]
-    slots, own = list(_slots(arguments)), {id(x) for x in shared}
+    out = _no_view(out) if isinstance(out, Tensor) else swapped(out, {id(x): _no_view(x) for x in tensors_in(out)})
+    outs = [out] if isinstance(out, Tensor) else [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
+    places, own = [_placed(recording, call, x, shared) for x in outs], {id(x) for x in shared}
     wanted = [(name, k, x) for name, k, x in slots if id(x) in own]
     needed = rule.saved_for({name for name, _, _ in wanted})
     held, saved = _held(recording, arguments, slots, needed, axes)
@@ -234,13 +239,13 @@ def _tap(
     tapped = Tap.run(recording, factors, recording.anchor, outs, [*saved, *(outs if keeps_out else [])])
     for x, axis in zip(tapped, places, strict=True):
         recording.declare(x, axis)
-    return swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
+    return tapped[0] if isinstance(out, Tensor) else swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
 def _held(
     recording: Recorder,
     arguments: Mapping[str, Any],
-    tensors: Sequence[tuple[str, int | None, Tensor]],
+    tensors: Slots,
     needed: set[str],
     axes: Mapping[int, Axis],
 ) -> tuple[dict[str, Any], list[Tensor]]:
@@ -253,9 +258,17 @@ def _held(
             slots[id(x)] = Slot(len(saved), axis)
             saved.append(x if axis is not None else seen(recording, x))
         elif id(x) not in slots:
-            slots[id(x)] = Slot(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), axis)
-    holding = {name for name, _, _ in tensors}
-    return {name: swapped(value, slots) if name in holding else value for name, value in arguments.items()}, saved
+            slots[id(x)] = Slot(_stand_in(x.shape, x.stride(), x.dtype), axis)
+    held = dict(arguments)
+    for name, _, x in tensors:
+        held[name] = slots[id(x)] if arguments[name] is x else swapped(held[name], slots)
+    return held, saved
+
+
+@functools.lru_cache(maxsize=4096)
+def _stand_in(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """For a tensor whose values a rule does not need."""
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def _filled(value: Any, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Any:
@@ -330,7 +343,7 @@ def _contract(recording: Recorder, func: Function, call: Call, shared: list[Tens
         rows_first(names, letter) if id(x) in axes else names for x, names in zip(operands, product.letters, strict=True)
     ]
     arguments = {"equation": (*letters, rows_first(product.result, letter)), "operands": operands, "alpha": product.alpha}
-    return _tap(recording, call, RULES[operation(contract).name], arguments, axes, rest, out)
+    return _tap(recording, call, RULES[operation(contract).name], arguments, list(_slots(arguments)), axes, rest, out)
 
 
 def _sample_letter(recording: Recorder, call: Call, product: Contraction, shared: list[Tensor]) -> tuple[str, Axis, int]:

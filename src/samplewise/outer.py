@@ -66,6 +66,8 @@ class Outer(Factor):
         if self.left.shape[2] == 1:
             # Goodfellow 2015, arXiv:1510.01799: |a|^2 |g|^2
             (n, g, _, o), i = self.left.shape, self.right.shape[-1]
+            if g == 1:
+                return squares(self.left) * squares(self.right)
             each = squares(self.left.reshape(n * g, o)) * squares(self.right.reshape(n * g, i))
             return each.reshape(n, g).sum(1)
         left, right = wide(self.left), wide(self.right)

@@ -7,7 +7,7 @@ gradients are in `rules`.
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,20 +19,20 @@ from torch.utils._pytree import tree_leaves
 
 from .attaching import Entrance, common_size, held_tensors, is_packed, refuse_hooks, refuse_unrecordable
 from .axes import Axis, Call, Lost, Where, tensors_in
-from .collecting import Collector, Shared, leaves_of
+from .collecting import Collector, Shared, Source, leaves_of
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 from .factors import Factor
 from .mixing import mix
 from .notes import Notes
 from .ownership import of_base, written
 from .registry import EXPANSIONS, Operation, operation
+from .remembered import CONSTANT, key_of, recall, remember
 from .running import accumulates, in_backward, in_transform, modes, unrecorded, unwrapped
 from .sample_axis import EXPANDS, KEEPS, MOVES, TURNS, follow, refuse_mixing
 from .strategy import Strategy, prepare, using
 from .sums import Store
 from .taps import Factors, Grads, unseen_leaves
 
-CONSTANT = "constant"
 # said by the user: stays constant even as an argument of the model
 DECLARED_CONSTANT = "declared constant"
 Kind = Axis | Lost | Shared | str
@@ -73,6 +73,7 @@ class Recording(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
         self._names_of: dict[int, str] = {}
+        self.sources: dict[int, Source] = {}
         self._modules: list[nn.Module] = []
         # what a tensor is, and when that was noted
         self._kinds: Notes[tuple[Kind, int]] = Notes()
@@ -107,7 +108,9 @@ class Recording(TorchFunctionMode):
             self.declare(tensor, CONSTANT)
         for name, parameter in self.parameters.items():
             refuse_hooks(name, parameter)
-            self.declare(parameter, Shared(frozenset({name})))
+            kind = Shared(frozenset({name}))
+            self.declare(parameter, kind)
+            self.sources[id(parameter)] = Source.of(parameter, kind)
         self._watch()
         self._handles.append(self.model.register_forward_pre_hook(Entrance(self._enter_model), with_kwargs=True, prepend=True))
         self._open = True
@@ -283,6 +286,13 @@ class Recording(TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
+        key = None if self.n is None or op.inplace else key_of(op.name, self.n, args, kwargs, self.kind)
+        known = recall(key)
+        if known is not None:
+            return self._as_before(func(*args, **kwargs), known)
+        if op.inplace and op.name in KEEPS and len(args) == 1 and not kwargs and type(self.kind(args[0])) is Axis:
+            # `relu_` and its like: every entry stays where it is
+            return func(*args)
         target, told = (args[0] if op.inplace and args and isinstance(args[0], Tensor) else None), args
         viewed = None if target is None else target._base  # noqa: SLF001
         base = None if viewed is None else (viewed, self.kind(viewed))
@@ -299,16 +309,6 @@ class Recording(TorchFunctionMode):
         }
         refuse_mixing(call)
         shared = [x for x, kind in zip(call.tensors, kinds, strict=True) if isinstance(kind, Shared)]
-        if not shared and target is None and op.name in KEEPS and "out" not in kwargs:
-            axis = _common_axis(call.tensors, kinds)
-            if axis is not None:
-                # most calls of most models: an elementwise op on samples that lie alike
-                out = func(*args, **kwargs)
-                if isinstance(out, Tensor) and out.ndim == call.tensors[0].ndim:
-                    self.declare(out, axis)
-                else:
-                    self._mark(op, call, out, shared, target)
-                return out
         meeting = bool(shared) and any(isinstance(kind, Axis | Lost) for kind in kinds)
         outside = self.n is None and any(self._kinds.get(x) is None and not isinstance(x, nn.Parameter) for x in call.tensors)
         if outside and shared:
@@ -324,6 +324,16 @@ class Recording(TorchFunctionMode):
                 self.collector.expect_hidden(self._names(shared))
         if not outside:
             self._mark(op, call, out, shared, target)
+            if key is not None and "out" not in kwargs:
+                remember(key, [self.kind(x) for x in call.results])
+        return out
+
+    def _as_before(self, out: Any, known: Sequence[object]) -> Any:
+        """Note what the results of a call are that is like an earlier one."""
+        for x, kind in zip([out] if isinstance(out, Tensor) else tensors_in(out), known, strict=True):
+            # an operand given back as it is keeps what was said of it
+            if self._kinds.get(x) is None:
+                self.declare(x, kind)  # type: ignore[arg-type]
         return out
 
     def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
@@ -406,11 +416,9 @@ class Recording(TorchFunctionMode):
             if names:
                 raise UnsupportedOpError(f"{', '.join(sorted(names))}: {UNSEEN}")
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Our own arithmetic, with a graph if its results are to be differentiated again."""
-        with unrecorded(), torch.set_grad_enabled(self.create_graph), using(self.strategy):
-            yield
+    def aside(self) -> AbstractContextManager[None]:
+        """Our own arithmetic by this recording's strategy, with a graph if its results are to be differentiated again."""
+        return using(self.strategy, unrecorded(graph=self.create_graph))
 
     def collected(self) -> dict[str, Factor]:
         """One factor per parameter that the loss reached."""
@@ -431,7 +439,8 @@ class Recording(TorchFunctionMode):
         with self.aside():
             if self.loss_reduction == "mean" and not self._from_losses:
                 grads = [None if grad is None else grad * (self.n or 0) for grad in grads]
-            for source, uses, factor in factors(grads, saved):
+            # detached: factors that are kept must not keep the graph, which holds the recording
+            for source, uses, factor in factors(grads, saved if self.create_graph else [x.detach() for x in saved]):
                 self.collector.add(source, factor, uses)
 
     def _check_create_graph(self) -> None:
@@ -475,18 +484,6 @@ class Recording(TorchFunctionMode):
                     "backward: the loss does not depend on the samples that the model was given. Check that it is computed from "
                     "the model's output inside the recording, and that `batch_size` and `batch_dim` are right."
                 )
-
-
-def _common_axis(tensors: list[Tensor], kinds: list[Kind]) -> Axis | None:
-    """The one axis, of a plain pattern, on which all tensors of a call have their samples; None in any other case."""
-    first = kinds[0] if kinds else None
-    if not isinstance(first, Axis) or first.ragged is not None:
-        return None
-    ndim = tensors[0].ndim
-    for x, kind in zip(tensors, kinds, strict=True):
-        if not isinstance(kind, Axis) or kind != first or kind.chosen is not None or x.ndim != ndim:
-            return None
-    return first
 
 
 def _one_of(name: str, value: str, *choices: str) -> None:

@@ -39,7 +39,7 @@ class Operation:
     inplace: bool
     # the function's own source, free to be recorded inside; None for what reaches C++
     source: Callable[..., Any] | None
-    # a property that is no tensor: shape, dtype, device, ...
+    # a property or method that gives no tensor: shape, dtype, size(), dim(), ...
     plain_property: bool
 
 
@@ -118,7 +118,7 @@ def operation(op: Callable[..., Any]) -> Operation:
         return Operation(key, inplace=False, source=None if known else through_source(op), plain_property=False)
     raw = str(op).removeprefix("aten.") if _is_dispatched(op) else op.__name__
     inplace = (raw.endswith("_") and not raw.endswith("__")) or raw in _INPLACE_DUNDERS
-    return Operation(raw.strip("_"), inplace=inplace, source=None, plain_property=False)
+    return Operation(raw.strip("_"), inplace=inplace, source=None, plain_property=raw in _PLAIN_METHODS)
 
 
 @functools.cache
@@ -156,6 +156,12 @@ def _inner_source(value: object) -> object:
 
 _C_METHODS = frozenset(dir(torch._C.TensorBase))  # noqa: SLF001
 _TENSOR_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
+_PLAIN_METHODS = frozenset(
+    [
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "__len__"),
+        *("is_contiguous", "is_floating_point", "is_complex", "get_device"),
+    ]
+)
 _INPLACE_DUNDERS = frozenset({"__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"})
 
 

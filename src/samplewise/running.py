@@ -1,7 +1,6 @@
 """What torch is doing in this thread: modes, transforms, a backward; and how our own arithmetic stays out of all that."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -36,15 +35,31 @@ def accumulates(node: Any) -> bool:
         return False
 
 
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """Our own arithmetic: no recording sees it, and no graph is built."""
-    with torch._C.DisableTorchFunction(), torch.no_grad():  # noqa: SLF001
-        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-            yield
-            return
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
+class unrecorded:  # noqa: N801  (used as torch.no_grad is)
+    """Our own arithmetic: no recording sees it, no autocast changes it, and a graph is built only if asked for.
+
+    A class, and not a generator, because it is entered for every use of a parameter.
+    """
+
+    def __init__(self, *, graph: bool = False) -> None:
+        self._graph = graph
+
+    def __enter__(self) -> None:
+        """Switch off."""
+        self._functions = torch._C.DisableTorchFunction()  # noqa: SLF001
+        self._functions.__enter__()
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self._graph)  # noqa: SLF001
+        self._casts = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        for cast in self._casts:
+            cast.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """And on again."""
+        for cast in reversed(self._casts):
+            cast.__exit__(kind, error, trace)
+        torch._C._set_grad_enabled(self._before)  # noqa: SLF001
+        self._functions.__exit__(kind, error, trace)
 
 
 def in_backward() -> bool:

@@ -344,6 +344,10 @@ ALIGNED = (frozenset(ELEMENTWISE) | JOINS | {"scaled_dot_product_attention", "co
     "fill",
 }
 
+# Ops of several tensors, and of one, that move samples by the shapes of their arguments alone, whatever is in them.
+SHAPED = KEEPS | JOINS | (frozenset(CONTRACTIONS) - {"linear"}) | {"scaled_dot_product_attention"}
+SHAPED_ALONE = (frozenset(SINGLE) | {"getitem"}) - {"layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
+
 # Data movement without loss or repetition: every entry of the result is another entry of the operand (casts count as such).
 MOVES = frozenset(
     """view reshape flatten unflatten ravel permute transpose swapaxes swapdims t mT T H mH adjoint movedim moveaxis squeeze unsqueeze

@@ -4,11 +4,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -50,14 +51,23 @@ def current() -> Strategy:
     return _CURRENT.get(Strategy())
 
 
-@contextmanager
-def using(strategy: Strategy) -> Iterator[None]:
-    """Compute quantities by one strategy."""
-    token = _CURRENT.set(strategy)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+class using:  # noqa: N801  (used as torch.no_grad is)
+    """Compute quantities by one strategy, inside another context if one is given."""
+
+    def __init__(self, strategy: Strategy, inside: AbstractContextManager[None] | None = None) -> None:
+        self._strategy, self._inside = strategy, inside
+
+    def __enter__(self) -> None:
+        """Choose it."""
+        if self._inside is not None:
+            self._inside.__enter__()
+        self._token = _CURRENT.set(self._strategy)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Choose the one before."""
+        _CURRENT.reset(self._token)
+        if self._inside is not None:
+            self._inside.__exit__(kind, error, trace)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class Sum(Factor):
 
 def add(factors: Sequence[Factor]) -> Factor:
     """One factor for the sum of several of equal shape; outer products and rows concatenate along their positions."""
+    if len(factors) == 1:
+        return factors[0]
     outers: dict[tuple[int, ...], list[Outer]] = {}
     rows: list[Rows] = []
     dense: list[Tensor] = []

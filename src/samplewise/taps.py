@@ -51,8 +51,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Collect, and pass the gradients through."""
         _refuse_second(ctx.recording)
-        # detached: factors that are kept must not keep the graph, which holds the recording
-        saved = [x if ctx.recording.create_graph else x.detach() for x in ctx.saved_tensors]
+        saved = ctx.saved_tensors
         ctx.recording.collect(ctx.factors, grads, saved)
         return None, None, None, None, *grads, *[None] * len(saved)
 

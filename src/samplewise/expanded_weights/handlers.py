@@ -9,7 +9,7 @@ from torch import Tensor
 
 from samplewise.axes import Axis, tensors_in
 from samplewise.errors import SamplewiseError
-from samplewise.recording import CONSTANT
+from samplewise.remembered import CONSTANT
 
 from .convolution import conv_picker
 from .helpers import check_input, refuse_mixture, refuse_size, standard_kwargs

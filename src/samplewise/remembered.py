@@ -1,0 +1,70 @@
+"""What ops did to the sample axis, remembered by the shapes and axes of their arguments: most calls are like one before."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .axes import Axis
+from .sample_axis import SHAPED, SHAPED_ALONE
+
+CONSTANT = "constant"
+# More than a model has; with shapes that never come back memory must not grow.
+_LIMIT = 20_000
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...)})
+_FOLLOWED: dict[Hashable, tuple[object, ...]] = {}
+
+
+def key_of(name: str, n: int, args: Sequence[Any], kwargs: dict[str, Any], kind: Callable[[Tensor], object]) -> Hashable | None:
+    """All that decides where the samples of a call's results are, or None where more than shapes and plain patterns does."""
+    several = name in SHAPED
+    if not several and name not in SHAPED_ALONE:
+        return None
+    parts: list[Any] = [name, n]
+    count = _describe(args, kind, parts)
+    if kwargs and count >= 0:
+        parts += kwargs
+        more = _describe(tuple(kwargs.values()), kind, parts)
+        count = count + more if more >= 0 else more
+    return tuple(parts) if count == 1 or (several and count > 1) else None
+
+
+def _describe(values: Sequence[Any], kind: Callable[[Tensor], object], parts: list[Any]) -> int:
+    """Append what is to know of some arguments; the number of tensors among them, negative where more is needed."""
+    count = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            what = kind(value)
+            if isinstance(what, Axis):
+                if what.ragged is not None or what.chosen is not None:
+                    return -1
+            elif what != CONSTANT:
+                return -1
+            parts += (what, value.shape)
+            count += 1
+        elif type(value) in _PLAIN:
+            parts.append(value)
+        elif isinstance(value, tuple | list | slice):
+            inner = (value.start, value.stop, value.step) if isinstance(value, slice) else value
+            parts += (type(value), len(inner))
+            more = _describe(inner, kind, parts)
+            if more < 0:
+                return more
+            count += more
+        else:
+            return -1
+    return count
+
+
+def recall(key: Hashable | None) -> tuple[object, ...] | None:
+    """What the results of such a call were."""
+    return None if key is None else _FOLLOWED.get(key)
+
+
+def remember(key: Hashable, kinds: Sequence[object]) -> None:
+    """Keep what the results of a call were, where that follows from shapes."""
+    if all(kind == CONSTANT or (isinstance(kind, Axis) and kind.ragged is None and kind.chosen is None) for kind in kinds):
+        if len(_FOLLOWED) >= _LIMIT:
+            _FOLLOWED.clear()
+        _FOLLOWED[key] = tuple(kinds)
