@@ -33,7 +33,7 @@ ALLOWED = {
     "outer": {"buffers", "factors", "strategy"},
     "convolutional": {"buffers", "factors", "outer", "strategy"},
     "sums": {"buffers", "factors", "outer", "strategy"},
-    "rules": {"axes", "convolutional", "factors", "outer", "registry", "contractions", "errors", "rules"},
+    "rules": {"axes", "buffers", "convolutional", "factors", "outer", "registry", "contractions", "errors", "rules"},
     "projections": {"errors"},
     "registry": {"errors"},
     "contractions": {"errors"},

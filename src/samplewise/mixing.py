@@ -193,8 +193,14 @@ def _by_rule(
 ) -> Any:
     """Run the op on detached parameters and tap its results."""
     args, kwargs = replaced(call, {id(x): seen(recording, x) for x in shared})
-    out = func(*args, **kwargs)
     axes = {id(x): axis for x, axis in call.placed()}
+    if rule.run is None:
+        out = func(*args, **kwargs)
+    else:
+        out, statistics = rule.run(*args, **kwargs)
+        arguments = {**arguments, "statistics": statistics}
+        slots = [*slots, *(("statistics", k, x) for k, x in enumerate(statistics))]
+        axes.update((id(x), call.placed()[0][1]) for x in statistics)
     return _tap(recording, call, rule, arguments, slots, axes, shared, out)
 
 

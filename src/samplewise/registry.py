@@ -19,6 +19,8 @@ class Rule:
     function: Callable[..., Any]
     arguments: tuple[str, ...]
     saves: Mapping[str, Sequence[str]] | None
+    # runs the op and gives with its result what else the rule saves, as its argument "statistics"
+    run: Callable[..., tuple[Any, Sequence[torch.Tensor]]] | None = None
 
     def saved_for(self, shared: set[str]) -> set[str]:
         """The arguments whose values the gradients of the `shared` arguments need."""
@@ -47,7 +49,12 @@ RULES: dict[str, Rule] = {}
 EXPANSIONS: dict[str, Callable[..., Any]] = {}
 
 
-def rule(op: Callable[..., Any], *, saves: Mapping[str, Sequence[str]] | None = None) -> Callable[[Function], Function]:
+def rule(
+    op: Callable[..., Any],
+    *,
+    saves: Mapping[str, Sequence[str]] | None = None,
+    run: Callable[..., tuple[Any, Sequence[torch.Tensor]]] | None = None,
+) -> Callable[[Function], Function]:
     """Register the per-sample gradient of `op`'s parameters.
 
     The rule is called as `function(grad, out, *arguments)` with the arguments of `op` by its own names and defaults. Every
@@ -59,6 +66,8 @@ def rule(op: Callable[..., Any], *, saves: Mapping[str, Sequence[str]] | None = 
         op: The function as users call it, such as `torch.ops.mylib.scale`.
         saves: For each argument with a gradient, the arguments whose values that gradient needs; others arrive as meta
             tensors. By default all tensor arguments are kept, and `out` too where the rule uses it.
+        run: Called in place of `op`, with the same arguments: gives its result, and tensors that the op computes on the way, with rows
+            where the first argument has them. The rule gets them as `statistics`, if `saves` names that.
 
     Raises:
         ValueError: If `op` already has a rule or an expansion.
@@ -71,8 +80,10 @@ def rule(op: Callable[..., Any], *, saves: Mapping[str, Sequence[str]] | None = 
     key = _free_key(op)
 
     def register(function: Function) -> Function:
-        arguments = tuple(inspect.signature(function).parameters)[2:]
-        RULES[key] = Rule(function, arguments, saves)
+        arguments = tuple(
+            name for name in list(inspect.signature(function).parameters)[2:] if run is None or name != "statistics"
+        )
+        RULES[key] = Rule(function, arguments, saves, run)
         return function
 
     return register

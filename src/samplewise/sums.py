@@ -55,8 +55,10 @@ class Sum(Factor):
 
 def add(factors: Sequence[Factor]) -> Factor:
     """One factor for the sum of several of equal shape; outer products and rows concatenate along their positions."""
-    if len(factors) == 1:
-        return factors[0]
+    return factors[0] if len(factors) == 1 else _added(factors)
+
+
+def _added(factors: Sequence[Factor]) -> Factor:
     outers: dict[tuple[int, ...], list[Outer]] = {}
     rows: list[Rows] = []
     dense: list[Tensor] = []

@@ -1,15 +1,28 @@
 """Normalisation layers: scale and shift after statistics that belong to one sample, or to the past (batch norm in evaluation)."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from samplewise.buffers import scratch
 from samplewise.factors import Dense
 from samplewise.registry import rule
 
 
-@rule(torch.layer_norm, saves={"weight": ["input"], "bias": []})
+def _layer_norm(input: Tensor, normalized_shape: Sequence[int], *rest: Any, **others: Any) -> tuple[Tensor, Sequence[Tensor]]:
+    """The op, with the mean and the reciprocal deviation that it found."""
+    arguments = dict(zip(("weight", "bias", "eps"), rest, strict=False)) | others
+    weight, bias = arguments.get("weight"), arguments.get("bias")
+    if not _keeps_statistics(input, weight, bias):
+        return torch.layer_norm(input, normalized_shape, *rest, **others), ()
+    out, *statistics = torch.native_layer_norm(input, normalized_shape, weight, bias, arguments.get("eps", 1e-5))
+    return out, [x.detach() for x in statistics]
+
+
+@rule(torch.layer_norm, saves={"weight": ["input", "statistics"], "bias": []}, run=_layer_norm)
 def layer_norm(
     grad: Tensor,
     out: None,
@@ -19,13 +32,21 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
+    statistics: Sequence[Tensor] = (),
 ) -> dict[str, object]:
     # out[n,t,d] = weight[d] x[n,t,d] + bias[d], x standardised over d
     last = len(normalized_shape)
-    return {
-        "weight": lambda: Dense(_over_positions(grad * torch.layer_norm(input, normalized_shape, eps=eps), last)),
-        "bias": lambda: Dense(_over_positions(grad, last)),
-    }
+
+    def standardised() -> Tensor:
+        if not statistics:
+            return _over_positions(grad * torch.layer_norm(input, normalized_shape, eps=eps), last)
+        # sum_t rstd[n,t] grad[n,t,d] (input[n,t,d] - mean[n,t]), each pass in the same memory
+        mean, rstd = statistics
+        centred = torch.sub(input, mean, out=scratch("standardised", input.shape, input)).mul_(grad)
+        n, t, d = len(grad), rstd[:1].numel(), math.prod(normalized_shape)
+        return torch.bmm(rstd.reshape(n, 1, t), centred.view(n, t, d)).reshape(n, *normalized_shape)
+
+    return {"weight": lambda: Dense(standardised()), "bias": lambda: Dense(_over_positions(grad, last))}
 
 
 @rule(torch.rms_norm, saves={"weight": ["input"]})
@@ -42,7 +63,18 @@ def rms_norm(
     return {"weight": Dense(_over_positions(grad * normalized, len(normalized_shape)))}
 
 
-@rule(torch.group_norm, saves={"weight": ["input"], "bias": []})
+def _group_norm(input: Tensor, num_groups: int, *rest: Any, **others: Any) -> tuple[Tensor, Sequence[Tensor]]:
+    """The op, with the mean and the reciprocal deviation that it found."""
+    arguments = dict(zip(("weight", "bias", "eps"), rest, strict=False)) | others
+    weight, bias = arguments.get("weight"), arguments.get("bias")
+    n, c, t = input.shape[0], input.shape[1], math.prod(input.shape[2:])
+    if not _keeps_statistics(input, weight, bias) or not input.is_contiguous():
+        return torch.group_norm(input, num_groups, *rest, **others), ()
+    out, *statistics = torch.native_group_norm(input, weight, bias, n, c, t, num_groups, arguments.get("eps", 1e-5))
+    return out, [x.detach() for x in statistics]
+
+
+@rule(torch.group_norm, saves={"weight": ["input", "statistics"], "bias": []}, run=_group_norm)
 def group_norm(
     grad: Tensor,
     out: None,
@@ -52,9 +84,31 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
+    statistics: Sequence[Tensor] = (),
 ) -> dict[str, object]:
     # out[n,c,t] = weight[c] x[n,c,t] + bias[c], x standardised over t and the channels of a group
-    return _channels(grad, lambda: torch.group_norm(input, num_groups, eps=eps))
+    if not statistics:
+        return _channels(grad, lambda: torch.group_norm(input, num_groups, eps=eps))
+
+    # the op's own backward, for one image with the channels of all samples
+    n, c, t = grad.shape[0], grad.shape[1], math.prod(grad.shape[2:])
+    mean, rstd = (x.reshape(1, n * num_groups) for x in statistics)
+    one, x, g = mean.new_ones(n * c), input.reshape(1, n * c, t), grad.reshape(1, n * c, t)
+
+    def over_space() -> Tensor:
+        weight_grad = torch.ops.aten.native_group_norm_backward(
+            g, x, mean, rstd, one, 1, n * c, t, n * num_groups, [False, True, False]
+        )[1]
+        return weight_grad.reshape(n, c)  # type: ignore[no-any-return]
+
+    return {"weight": lambda: Dense(over_space()), "bias": lambda: Dense(_over_space(grad))}
+
+
+def _keeps_statistics(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the op may be run so that it gives its statistics: as ever on a CPU or GPU, and not to be differentiated again."""
+    casts = torch.is_autocast_enabled(input.device.type) or input.dtype not in {torch.float32, torch.float64}
+    attached = any(x is not None and x.requires_grad for x in (weight, bias))
+    return not casts and not attached and input.numel() > 0 and all(x is None or x.dtype == input.dtype for x in (weight, bias))
 
 
 @rule(torch.instance_norm, saves={"weight": ["input", "running_mean", "running_var"], "bias": []})
