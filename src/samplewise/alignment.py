@@ -183,6 +183,13 @@ def looked_up(call: Call, _: Tensor) -> Where:
     return axis if isinstance(axis, Axis) and len(call.placed()) == 1 else Lost(call.name)
 
 
+def stepwise(call: Call, out: Tensor) -> Where:
+    """The scan of a recurrent layer: samples lie on the last axis but one of everything."""
+    places = {axis.at(axis.dim - x.ndim) for x, axis in call.placed()}
+    alike = len(places) == 1 and all(axis.dim == -2 for axis in places)
+    return places.pop().at(out.ndim - 2) if alike else Lost(call.name)
+
+
 def selected(call: Call, _: Tensor) -> Where:
     """`index_select`: rows picked by an index keep their samples."""
     x, index = call.args[0], call.get(2, "index")

@@ -47,6 +47,8 @@ class Operation:
 
 RULES: dict[str, Rule] = {}
 EXPANSIONS: dict[str, Callable[..., Any]] = {}
+# Functions of our own that the recording sees as one op, and not through their source.
+OPAQUE: set[str] = set()
 
 
 def rule(
@@ -114,6 +116,12 @@ def expand(op: Callable[..., Any]) -> Callable[[Function], Function]:
     return register
 
 
+def opaque(function: Function) -> Function:
+    """Let the recording see a function of our own as one op."""
+    OPAQUE.add(f"{function.__module__}.{function.__qualname__}")
+    return function
+
+
 @functools.cache
 def operation(op: Callable[..., Any]) -> Operation:
     """The canonical name and nature of an overridable function: `torch.add`, `Tensor.add_` and `+` are all `add`."""
@@ -125,7 +133,7 @@ def operation(op: Callable[..., Any]) -> Operation:
         return Operation(name, inplace=False, source=None, plain_property=name not in _TENSOR_PROPERTIES)
     if isinstance(op, types.FunctionType) and not _wraps_method(op):
         key = f"{op.__module__}.{op.__qualname__}"
-        known = key in RULES or key in EXPANSIONS
+        known = key in RULES or key in EXPANSIONS or key in OPAQUE
         return Operation(key, inplace=False, source=None if known else through_source(op), plain_property=False)
     raw = str(op).removeprefix("aten.") if _is_dispatched(op) else op.__name__
     inplace = (raw.endswith("_") and not raw.endswith("__")) or raw in _INPLACE_DUNDERS

@@ -28,6 +28,7 @@ from .alignment import (
     similarity,
     solved,
     stacked,
+    stepwise,
 )
 from .axes import Axis, Call, Lost, Where, whole
 from .contractions import CONTRACTIONS
@@ -251,6 +252,7 @@ SEVERAL: dict[str, Several] = {
     **dict.fromkeys(["cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d"], class_loss),
     **{name: elementwise_loss(place) for name, place in LOSSES.items()},
     "hinge_embedding_loss": elementwise_loss(3),
+    **{f"samplewise.recurrence.{name}": stepwise for name in ("steps", "state_products", "scan")},
     "margin_ranking_loss": elementwise_loss(4),
     "cosine_embedding_loss": elementwise_loss(4, gone=1),
 }

@@ -1,4 +1,4 @@
-"""Recurrent layers, written out step by step: one product with the inputs of all steps, one with the state at each step.
+"""Recurrent layers: one product with the inputs of all steps, then a scan, or steps written out where a scan will not do.
 
 Packed sequences are padded and masked, so that a sequence's state stands still after its end, and packed again.
 """
@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samplewise import recurrence
 from samplewise.axes import in_step
-from samplewise.registry import expand
+from samplewise.factors import Dense, positions
+from samplewise.outer import Outer
+from samplewise.registry import expand, rule
 
 States = tuple[Tensor, ...]
 # (input product of one step, states, recurrent weights) -> states; the first state is the output
@@ -47,15 +50,35 @@ def _rnn_cell(activation: Callable[[Tensor], Tensor], x: Tensor, states: States,
     return (activation(x + F.linear(h, w_hh, b_hh)),)
 
 
+_tanh_cell, _relu_cell = partial(_rnn_cell, torch.tanh), partial(_rnn_cell, torch.relu)
+_SCANS: dict[Cell, recurrence.Cell] = {
+    _lstm_cell: recurrence.LSTM,
+    _gru_cell: recurrence.GRU,
+    _tanh_cell: recurrence.plain("tanh"),
+    _relu_cell: recurrence.plain("relu"),
+}
+
+
+@rule(recurrence.state_products, saves={"weight": ["h"], "bias": []})
+def state_products(grad: Tensor, out: None, h: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, object]:
+    # out[t,n,o] = sum_i h[t,n,i] weight[o,i] + bias[o], for the states before all steps
+    g = positions(grad)
+    return {"weight": lambda: Outer(g, positions(h), weight.shape), "bias": lambda: Dense(g.sum((1, 2)))}
+
+
 def _direction(
     cell: Cell, x: Tensor, states: States, weights: Sequence[Tensor | None], mask: Tensor | None, *, backwards: bool
 ) -> tuple[Tensor, States]:
     """One layer in one direction over `x`, `(t, n, i)`; the outputs `(t, n, h)` and the last states."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     assert w_ih is not None
-    steps = F.linear(x, w_ih, b_ih).unbind(0)
+    assert w_hh is not None
+    x = F.linear(x, w_ih, b_ih)
     # states given as constants begin to depend on the samples here, not at the first product with a weight
-    states = tuple(h + torch.zeros_like(steps[0][..., :1]) for h in states)
+    states = tuple(h + torch.zeros_like(x[0][..., :1]) for h in states)
+    if w_hr is None and recurrence.can_scan(x, states, (w_hh, b_hh)):
+        return recurrence.scanned(_SCANS[cell], x, states, w_hh, b_hh, mask, backwards=backwards)
+    steps = x.unbind(0)
     outs: list[Tensor] = []
     for t in reversed(range(len(steps))) if backwards else range(len(steps)):
         new = cell(steps[t], states, (w_hh, b_hh, w_hr))
@@ -173,8 +196,8 @@ def _single_state(
 
 
 expand(_OPS.gru)(partial(_single_state, _gru_cell))
-expand(_OPS.rnn_tanh)(partial(_single_state, partial(_rnn_cell, torch.tanh)))
-expand(_OPS.rnn_relu)(partial(_single_state, partial(_rnn_cell, torch.relu)))
+expand(_OPS.rnn_tanh)(partial(_single_state, _tanh_cell))
+expand(_OPS.rnn_relu)(partial(_single_state, _relu_cell))
 
 
 @expand(_OPS._pack_padded_sequence)  # noqa: SLF001
@@ -215,5 +238,5 @@ def _single_cell(cell: Cell, input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tens
 
 
 expand(_OPS.gru_cell)(partial(_single_cell, _gru_cell))
-expand(_OPS.rnn_tanh_cell)(partial(_single_cell, partial(_rnn_cell, torch.tanh)))
-expand(_OPS.rnn_relu_cell)(partial(_single_cell, partial(_rnn_cell, torch.relu)))
+expand(_OPS.rnn_tanh_cell)(partial(_single_cell, _tanh_cell))
+expand(_OPS.rnn_relu_cell)(partial(_single_cell, _relu_cell))
