@@ -33,7 +33,7 @@ ALLOWED = {
     "outer": {"buffers", "factors", "strategy"},
     "convolutional": {"buffers", "factors", "outer", "strategy"},
     "sums": {"buffers", "factors", "outer", "strategy"},
-    "recurrence": {"registry", "running"},
+    "recurrence": {"registry", "running", "strategy"},
     "rules": {
         "axes",
         "buffers",

@@ -198,9 +198,10 @@ def _by_rule(
         out = func(*args, **kwargs)
     else:
         out, statistics = rule.run(*args, **kwargs)
-        arguments = {**arguments, "statistics": statistics}
-        slots = [*slots, *(("statistics", k, x) for k, x in enumerate(statistics))]
-        axes.update((id(x), call.placed()[0][1]) for x in statistics)
+        if statistics:
+            arguments = {**arguments, "statistics": statistics}
+            slots = [*slots, *(("statistics", k, x) for k, x in enumerate(statistics))]
+            axes.update((id(x), call.placed()[0][1]) for x in statistics)
     return _tap(recording, call, rule, arguments, slots, axes, shared, out)
 
 

@@ -87,14 +87,13 @@ class Outer(Factor):
         return super().inner(other)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        scale = weights.to(self.left.dtype)[:, None, None, None]
-        left, right = self.left, self.right
-        # the narrower of the two is the cheaper to scale
-        left, right = (_scaled(left, scale), right) if left.shape[3] <= right.shape[3] else (left, _scaled(right, scale))
-        if left.shape[1] == 1:
+        (n, g, t, o), i = self.left.shape, self.right.shape[-1]
+        scale = weights.to(self.left.dtype)
+        if g == 1:
             # one product over all samples and positions, as the ordinary gradient is
-            return _product(left.flatten(0, 2), right.flatten(0, 2)).reshape(self.shape)
-        return torch.einsum("ngto,ngti->goi", left, right).reshape(self.shape)
+            rows = scale[:, None].expand(n, t).reshape(n * t)
+            return _summed(self.left.reshape(n * t, o), self.right.reshape(n * t, i), rows).reshape(self.shape)
+        return torch.einsum("n,ngto,ngti->goi", scale, self.left, self.right).reshape(self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
         (_, g, _, o), i = self.left.shape, self.right.shape[-1]
@@ -227,7 +226,7 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
     (n, g, t, o), i = left.shape, right.shape[-1]
     if g == 1 and n and _by_onednn(left, 2 * t * o * i):
         for a, b in zip(left[:, 0], right[:, 0], strict=True):
-            yield onednn_linear(a.mT, b.mT)[None]
+            yield _by_linear_layer(a, b)[None]
         return
     size = chunk_size(g * o * i * left.element_size())
     for a, b in zip(left.split(size), right.split(size), strict=True):
@@ -235,11 +234,23 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
         yield tile.reshape(len(a), g * o, i)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """`sum_k left[k] ⊗ right[k]` of two matrices."""
+def _summed(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
+    """`sum_k weights[k] left[k] ⊗ right[k]` of two matrices."""
+    wide_left = left.shape[1] > right.shape[1]
     if _by_onednn(left, 2 * left.numel() * right.shape[1]):
-        return onednn_linear(left.mT, right.mT)
+        product = _by_linear_layer(left, right, weights)
+        return product.mT.contiguous() if wide_left else product
+    # the narrower of the two is the cheaper to scale
+    left, right = (left, _scaled(right, weights[:, None])) if wide_left else (_scaled(left, weights[:, None]), right)
     return left.mT @ right
+
+
+def _by_linear_layer(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The same by oneDNN, with the narrower side first: transposed into memory in use, and scaled on the way."""
+    narrow, other = (right, left) if left.shape[1] > right.shape[1] else (left, right)
+    turned = scratch("turned", narrow.mT.shape, narrow)
+    turned = turned.copy_(narrow.mT) if weights is None else torch.mul(narrow.mT, weights, out=turned)
+    return onednn_linear(turned, other.mT)
 
 
 def _by_onednn(left: Tensor, flops: float) -> bool:

@@ -16,7 +16,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .registry import opaque
 from .running import modes
+from .strategy import has_onednn, onednn_linear, rates
 
+# In flop: below it the call itself costs more than the product.
+_SMALL_PRODUCT = 4e6
 # Everything that the steps leave behind for the backward, the states h `(t + 1, n, h)` first.
 Memory = tuple[Tensor, ...]
 
@@ -147,11 +150,11 @@ def _run_lstm(x: Tensor, states: Sequence[Tensor], w: Tensor, b: Tensor | None, 
     hs, cs = (order.begun(state) for state in states)
     size = w.shape[1]
     gates, tanh_cs = torch.empty_like(x), torch.empty_like(order.after(cs))
-    h, c, tanh_c, turned = hs.unbind(), cs.unbind(), tanh_cs.unbind(), w.t()
+    h, c, tanh_c, times_w = hs.unbind(), cs.unbind(), tanh_cs.unbind(), _multiplier(w, len(hs[0]))
     inputs, all_gates, candidate = x.unbind(), gates.unbind(), gates[..., 2 * size : 3 * size].unbind()
     opening, i, f, o = gates[..., : 2 * size].unbind(), *(gates[..., k * size : (k + 1) * size].unbind() for k in (0, 1, 3))
     for k, before, after in order.steps():
-        torch.addmm(inputs[k], h[before], turned, out=all_gates[k])
+        torch.add(inputs[k], times_w(h[before]), out=all_gates[k])
         opening[k].sigmoid_()
         candidate[k].tanh_()
         o[k].sigmoid_()
@@ -178,13 +181,14 @@ def _back_lstm(
     by_gate = d_gates.view_as(slopes)
     first, first_slopes, last, last_slopes = by_gate[:, :, :3], slopes[:, :, :3], by_gate[:, :, 3], slopes[:, :, 3]
     d_h, d_c = torch.zeros_like(tanh_c[0]), torch.zeros_like(tanh_c[0]) if d_c is None else d_c.clone()
+    times_w = _multiplier(w.t(), len(d_h))
     for k, _, _ in reversed(order.steps()):
         d_h = d_h + d_hs[k]
         d_c.addcmul_(d_h, through[k])
         torch.mul(first_slopes[k], d_c[:, None], out=first[k])
         torch.mul(last_slopes[k], d_h, out=last[k])
         d_c.mul_(keep[k])
-        d_h = _earlier(d_gates[k], w, d_h, k, mask)
+        d_h = _earlier(times_w(d_gates[k]), d_h, k, mask)
     return d_gates, d_gates, [d_h, d_c]
 
 
@@ -192,7 +196,7 @@ def _back_lstm(
 
 
 def _run_gru(x: Tensor, states: Sequence[Tensor], w: Tensor, b: Tensor | None, mask: Tensor | None, order: Order) -> Memory:
-    hs, size, turned = order.begun(states[0]), w.shape[1], w.t()
+    hs, size, times_w = order.begun(states[0]), w.shape[1], _multiplier(w, len(states[0]))
     gates, products = torch.empty_like(x), torch.empty_like(x)
     h, whole = hs.unbind(), products.unbind()
     (x_rz, x_n), (p_rz, p_n), (rz, n) = (
@@ -200,7 +204,7 @@ def _run_gru(x: Tensor, states: Sequence[Tensor], w: Tensor, b: Tensor | None, m
     )
     r, z = (gates[..., k * size : (k + 1) * size].unbind() for k in (0, 1))
     for k, before, after in order.steps():
-        torch.mm(h[before], turned, out=whole[k]) if b is None else torch.addmm(b, h[before], turned, out=whole[k])
+        whole[k].copy_(times_w(h[before])) if b is None else torch.add(times_w(h[before]), b, out=whole[k])
         torch.add(x_rz[k], p_rz[k], out=rz[k]).sigmoid_()
         torch.addcmul(x_n[k], r[k], p_n[k], out=n[k]).tanh_()
         torch.lerp(n[k], h[before], z[k], out=h[after])
@@ -232,10 +236,10 @@ def _run_plain(
     mask: Tensor | None,
     order: Order,
 ) -> Memory:
-    hs, turned, x = order.begun(states[0]), w.t(), x if b is None else x + b
+    hs, times_w, x = order.begun(states[0]), _multiplier(w, len(states[0])), x if b is None else x + b
     h = hs.unbind()
     for k, before, after in order.steps():
-        activation(torch.addmm(x[k], h[before], turned, out=h[after]))
+        activation(torch.add(x[k], times_w(h[before]), out=h[after]))
         _stand_still(h, k, before, after, mask)
     return (hs,)
 
@@ -267,12 +271,13 @@ def _back_simple(
     d_x = torch.empty_like(slopes)
     d_products = d_x if recurrent is None else torch.empty_like(slopes)
     d_h, flat = torch.zeros_like(slopes[0, :, 0]), d_products.flatten(2)
+    times_w = _multiplier(w.t(), len(d_h))
     for k, _, _ in reversed(order.steps()):
         d_h = d_h + d_hs[k]
         torch.mul(slopes[k], d_h[:, None], out=d_x[k])
         if recurrent is not None:
             torch.mul(d_x[k], recurrent[k], out=d_products[k])
-        earlier = _earlier(flat[k], w, d_h, k, mask)
+        earlier = _earlier(times_w(flat[k]), d_h, k, mask)
         d_h = earlier if keep is None else earlier.addcmul_(d_h, keep[k])
     return d_x.flatten(2), flat, [d_h]
 
@@ -283,9 +288,19 @@ def _stand_still(states: Sequence[Tensor], k: int, before: int, after: int, mask
         torch.lerp(states[before], states[after], mask[k].expand_as(states[after]), out=states[after])
 
 
-def _earlier(d_products: Tensor, w: Tensor, d_h: Tensor, k: int, mask: Tensor | None) -> Tensor:
-    """The gradient of the state before a step, through its product with the weights or standing still."""
-    return d_products @ w if mask is None else torch.addmm(d_h * (1 - mask[k]), d_products, w)
+def _earlier(d_state: Tensor, d_h: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    """The gradient of the state before a step: through its product with the weights, or standing still."""
+    return d_state if mask is None else d_state.addcmul_(d_h, 1 - mask[k])
+
+
+def _multiplier(w: Tensor, n: int) -> Callable[[Tensor], Tensor]:
+    """`h -> h @ w.T` for the n rows of a step."""
+    rate = rates(w)
+    if 2 * n * w.numel() > _SMALL_PRODUCT and rate.linear > 1.1 * rate.product and has_onednn(w):
+        weight = w.contiguous()
+        return lambda h: onednn_linear(h, weight)
+    turned = w.t()
+    return lambda h: h @ turned
 
 
 LSTM = Cell(_run_lstm, _back_lstm)

@@ -159,6 +159,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
         weight = torch.ones(64, 64, 3, 3, device=device, dtype=dtype)
         flops = 2 * n * t * c * c
         rows = a.flatten(0, 1)
+        turned = torch.empty(c, n * t, device=device, dtype=dtype)
         return Rates(
             product=flops / _seconds(lambda: torch.bmm(a.mT, a, out=out), device),
             convolution=2
@@ -166,7 +167,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
             * 256
             * weight.numel()
             / _seconds(lambda: torch.ops.aten.convolution_backward(image, image, weight, None, *settings), device),
-            linear=flops / _seconds(lambda: onednn_linear(rows.mT, rows.mT), device) if has_onednn(rows) else 0.0,
+            linear=flops / _seconds(lambda: onednn_linear(turned.copy_(rows.mT), rows.mT), device) if has_onednn(rows) else 0.0,
             memory=2 * far.nbytes / _seconds(lambda: torch.neg(far, out=near), device),
         )
 
