@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .registry import opaque
-from .running import modes
+from .running import modes, unrecorded
 from .strategy import has_onednn, onednn_linear, rates
 
 # In flop: below it the call itself costs more than the product.
@@ -137,8 +137,10 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, d_h: Tensor | None, d_c: Tensor | None = None) -> tuple[Any, ...]:
         w, *memory = ctx.saved_tensors
         mask = memory.pop(0) if ctx.masked else None
-        d_h = ctx.order.after(memory[0]).new_zeros(()).expand_as(ctx.order.after(memory[0])) if d_h is None else d_h
-        d_x, d_products, d_states = ctx.cell.back(memory, w, d_h, d_c, mask, ctx.order)
+        # the recording is active in the backward too, for checkpoints
+        with unrecorded():
+            d_h = torch.zeros_like(ctx.order.after(memory[0])) if d_h is None else d_h
+            d_x, d_products, d_states = ctx.cell.back(memory, w, d_h, d_c, mask, ctx.order)
         return None, None, None, None, d_x, d_products, None, *d_states, *[None] * len(memory)
 
 

@@ -192,7 +192,7 @@ def has_onednn(like: Tensor) -> bool:
 
 def onednn_linear(input: Tensor, weight: Tensor) -> Tensor:
     """`input @ weight.T` of two matrices by oneDNN."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, None, "none", [], "")  # noqa: SLF001
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, None, "none", [], "")  # noqa: SLF001
     return product
 
 
