@@ -32,7 +32,7 @@ ALLOWED = {
     "factors": set(),
     "outer": {"buffers", "factors", "strategy"},
     "convolutional": {"buffers", "factors", "outer", "strategy"},
-    "sums": {"buffers", "factors", "outer", "strategy"},
+    "sums": {"buffers", "convolutional", "factors", "outer", "strategy"},
     "recurrence": {"registry", "running", "strategy"},
     "rules": {
         "axes",

@@ -62,7 +62,7 @@ class Convolution(Factor):
         if not self.n:
             return squares(self.to_dense())
         if self.algorithm == "gram":
-            return torch.cat([part.gram_squares() for part in self._parts(chunk_size(self._patch_bytes() // 4))])
+            return torch.cat([part.gram_squares() for part in self._parts(chunk_size(self._patch_bytes() // 4, self.n))])
         return torch.cat([part.tile_squares() for part in self._parts(self._chunk())])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Convolution(Factor):
 
     def _chunk(self) -> int:
         patches = 0 if self._folds() else self._patch_bytes() // 4
-        return chunk_size(max(math.prod(self.shape) * self.grad.element_size(), patches))
+        return chunk_size(max(math.prod(self.shape) * self.grad.element_size(), patches), self.n)
 
     def _patch_bytes(self) -> int:
         return self.input.shape[1] * math.prod(self.shape[2:]) * self._positions() * self.grad.element_size()

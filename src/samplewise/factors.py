@@ -13,7 +13,7 @@ import torch
 from torch import Size, Tensor
 
 # Dense work goes in chunks that stay in cache.
-_CHUNK_BYTES = 2 * 2**20
+_CHUNK_BYTES = 5 * 2**19
 _PIECE = 4096
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -246,6 +246,7 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _HALF else x
 
 
-def chunk_size(bytes_per_sample: int) -> int:
-    """How many samples' dense gradients stay in cache."""
-    return max(1, _CHUNK_BYTES // max(1, bytes_per_sample))
+def chunk_size(bytes_per_sample: int, n: int) -> int:
+    """How many of n samples' dense gradients stay in cache: about equally many in each chunk."""
+    most = max(1, _CHUNK_BYTES // max(1, bytes_per_sample))
+    return math.ceil(n / math.ceil(n / most)) if n else 1

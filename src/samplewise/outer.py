@@ -228,7 +228,7 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
         for a, b in zip(left[:, 0], right[:, 0], strict=True):
             yield _by_linear_layer(a, b)[None]
         return
-    size = chunk_size(g * o * i * left.element_size())
+    size = chunk_size(g * o * i * left.element_size(), n)
     for a, b in zip(left.split(size), right.split(size), strict=True):
         tile = _bmm(a.flatten(0, 1).mT, b.flatten(0, 1), "tile")
         yield tile.reshape(len(a), g * o, i)

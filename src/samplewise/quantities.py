@@ -16,7 +16,7 @@ from .projections import GaussianProjection
 from .recording import DECLARED_CONSTANT, Recording
 from .running import unrecorded
 from .strategy import Strategy
-from .sums import Store
+from .sums import Store, moved
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -474,7 +474,7 @@ def clipped_grads(
     squares: dict[str, Tensor] = {}
 
     def consume(name: str, factor: Factor) -> None:
-        kept[name], squares[name] = factor, factor.sq_norms()
+        kept[name], squares[name] = moved(f"factor of {name}", factor), factor.sq_norms()
 
     chosen, store = Strategy.of(strategy, memory_budget), Store(reuse=True)
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen, store=store))
