@@ -1,7 +1,7 @@
 """Where a parameter meets the samples: by a rule, as a contraction, entering row by row, or by the fallback."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from .factors import Factor
 from .fallback import fall_back
 from .places import place
 from .registry import RULES, Operation, Rule, operation
+from .remembered import key_of_meeting
 from .running import in_backward
 from .sample_axis import ALIGNED, FIRST, INDEXING, LOSSES, follow
 from .taps import Grads, Tap, seen
@@ -140,6 +141,8 @@ def _postponed(
     return swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
+# More than a model has; with shapes that never come back memory must not grow.
+_MOST_MEETINGS = 20_000
 # (argument, place in its list, tensor) for every tensor among a rule's arguments
 Slots = Sequence[tuple[str, int | None, Tensor]]
 
@@ -222,10 +225,32 @@ def _tap(
     needed = rule.saved_for({name for name, _, _ in wanted})
     held, saved = _held(recording, arguments, slots, needed, axes)
     sources = [(name, k, source_of(recording, x)) for name, k, x in wanted]
-    uses = [recording.collector.expect(source, call.name, "rule") for *_, source in sources]
     keeps_out = "out" in needed
-    # the closure must not hold the call or its results: their tensors would outlive the graph, past every saved-tensor hook
-    n, op, count = call.n, call.name, len(outs)
+    tapped = _tapped(recording, call.name, call.n, rule, held, saved, sources, outs, places, keeps_out=keeps_out)
+    if isinstance(out, Tensor) and not keeps_out:
+        _remember(recording, call, rule, held, saved, sources, places[0])
+    return tapped[0] if isinstance(out, Tensor) else swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
+
+
+Sources = Sequence[tuple[str, int | None, Source]]
+
+
+def _tapped(
+    recording: Recorder,
+    op: str,
+    n: int,
+    rule: Rule,
+    held: Mapping[str, Any],
+    saved: list[Tensor],
+    sources: Sources,
+    outs: list[Tensor],
+    places: list[Axis],
+    *,
+    keeps_out: bool = False,
+) -> list[Tensor]:
+    """Tap the results of a call. The closure must not hold its tensors: they would outlive the graph, past every saved-tensor hook."""
+    uses = [recording.collector.expect(source, op, "rule") for *_, source in sources]
+    count = len(outs)
 
     def factors(grads: Grads, saved: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
         rows = [None if g is None else axis.rows(g, n) for g, axis in zip(grads, places, strict=True)]
@@ -246,7 +271,72 @@ def _tap(
     tapped = Tap.run(recording, factors, recording.anchor, outs, [*saved, *(outs if keeps_out else [])])
     for x, axis in zip(tapped, places, strict=True):
         recording.declare(x, axis)
-    return tapped[0] if isinstance(out, Tensor) else swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
+    return tapped
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What was decided of a call by a rule, for all calls like it: with tensors and plain values, given by position."""
+
+    rule: Rule
+    # the arguments that are parameters, by name and position
+    shared: tuple[tuple[str, int], ...]
+    # the positions of the arguments that are saved; after them come the statistics that the rule keeps
+    saved: tuple[int, ...]
+    statistics: int
+    slots: Mapping[str, Any]
+    place: Axis
+
+
+_MEETINGS: dict[Hashable, Meeting] = {}
+
+
+def meeting_before(recording: Recorder, op: Operation, args: tuple[Any, ...], n: int) -> Meeting | None:
+    """What was decided of a call like this one."""
+    plain = op.name in RULES and n > 1 and torch.is_grad_enabled() and not recording.create_graph
+    key = key_of_meeting(op.name, n, args, recording.kind, recording.sources) if plain else None
+    found = None if key is None else _MEETINGS.get(key)
+    return found if found is not None and found.rule is RULES[op.name] else None
+
+
+def meet_again(recording: Recorder, func: Function, op: Operation, meeting: Meeting, args: tuple[Any, ...], n: int) -> Any:
+    """Run a call whose like was decided before."""
+    values, rule = list(args), meeting.rule
+    for _, k in meeting.shared:
+        values[k] = args[k].detach()
+    out, statistics = (func(*values), ()) if rule.run is None else rule.run(*values)
+    held = {**dict(zip(rule.arguments, args, strict=False)), **meeting.slots}
+    saved = [*(values[k] for k in meeting.saved), *statistics[: meeting.statistics]]
+    sources = [(name, None, recording.sources[id(args[k])]) for name, k in meeting.shared]
+    return _tapped(recording, op.name, n, rule, held, saved, sources, [_no_view(out)], [meeting.place])[0]
+
+
+def _remember(
+    recording: Recorder, call: Call, rule: Rule, held: Mapping[str, Any], saved: list[Tensor], sources: Sources, place: Axis
+) -> None:
+    """Keep what was decided, if all that decided it is in the key."""
+    if (
+        call.kwargs
+        or RULES.get(call.name) is not rule
+        or recording.create_graph
+        or place.ragged is not None
+        or place.chosen is not None
+    ):
+        return
+    key = key_of_meeting(call.name, call.n, call.args, recording.kind, recording.sources)
+    where = {name: k for k, name in enumerate(rule.arguments[: len(call.args)])}
+    given = [name for name, k in where.items() if isinstance(call.args[k], Tensor)]
+    own = sorted((slot.place, where[name]) for name in given if isinstance((slot := held[name]).place, int))
+    statistics = held.get("statistics", ()) if rule.run is not None else ()
+    kept = sum(isinstance(slot.place, int) for slot in statistics)
+    if key is None or len(own) + kept != len(saved) or not all(k is None and name in where for name, k, _ in sources):
+        return
+    if len(_MEETINGS) >= _MOST_MEETINGS:
+        _MEETINGS.clear()
+    slots = {name: held[name] for name in given} | ({"statistics": statistics} if statistics else {})
+    _MEETINGS[key] = Meeting(
+        rule, tuple((name, where[name]) for name, *_ in sources), tuple(k for _, k in own), kept, slots, place
+    )
 
 
 def _held(

@@ -6,7 +6,7 @@ gradients are in `rules`.
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from .axes import Axis, Call, Lost, Where, tensors_in
 from .collecting import Collector, Shared, Source, leaves_of
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 from .factors import Factor
-from .mixing import mix
+from .mixing import meet_again, meeting_before, mix
 from .notes import Notes
 from .ownership import of_base, written
 from .registry import EXPANSIONS, Operation, operation
@@ -287,12 +287,9 @@ class Recording(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
         key = None if self.n is None or op.inplace else key_of(op.name, self.n, args, kwargs, self.kind)
-        known = recall(key)
-        if known is not None:
-            return self._as_before(func(*args, **kwargs), known)
-        if op.inplace and op.name in KEEPS and len(args) == 1 and not kwargs and type(self.kind(args[0])) is Axis:
-            # `relu_` and its like: every entry stays where it is
-            return func(*args)
+        out = self._like_before(func, op, args, kwargs, key)
+        if out is not NotImplemented:
+            return out
         target, told = (args[0] if op.inplace and args and isinstance(args[0], Tensor) else None), args
         viewed = None if target is None else target._base  # noqa: SLF001
         base = None if viewed is None else (viewed, self.kind(viewed))
@@ -328,13 +325,26 @@ class Recording(TorchFunctionMode):
                 remember(key, [self.kind(x) for x in call.results])
         return out
 
-    def _as_before(self, out: Any, known: Sequence[object]) -> Any:
-        """Note what the results of a call are that is like an earlier one."""
-        for x, kind in zip([out] if isinstance(out, Tensor) else tensors_in(out), known, strict=True):
-            # an operand given back as it is keeps what was said of it
-            if self._kinds.get(x) is None:
-                self.declare(x, kind)  # type: ignore[arg-type]
-        return out
+    def _like_before(
+        self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], key: Hashable | None
+    ) -> Any:
+        """Run a call that is like an earlier one, of which everything is known; NotImplemented for any other."""
+        known = recall(key)
+        if known is not None:
+            out = func(*args, **kwargs)
+            for x, kind in zip([out] if isinstance(out, Tensor) else tensors_in(out), known, strict=True):
+                # an operand given back as it is keeps what was said of it
+                if self._kinds.get(x) is None:
+                    self.declare(x, kind)  # type: ignore[arg-type]
+            return out
+        if op.inplace:
+            # `relu_` and its like: every entry stays where it is
+            alone = op.name in KEEPS and len(args) == 1 and not kwargs
+            return func(*args) if alone and type(self.kind(args[0])) is Axis else NotImplemented
+        if key is not None or kwargs or self.n is None:
+            return NotImplemented
+        meeting = meeting_before(self, op, args, self.n)
+        return NotImplemented if meeting is None else meet_again(self, func, op, meeting, args, self.n)
 
     def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
         """Note what the results, or the targets of an in-place op, are now."""

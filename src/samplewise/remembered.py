@@ -1,12 +1,13 @@
 """What ops did to the sample axis, remembered by the shapes and axes of their arguments: most calls are like one before."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .axes import Axis
+from .collecting import Shared
 from .sample_axis import SHAPED, SHAPED_ALONE
 
 CONSTANT = "constant"
@@ -30,18 +31,26 @@ def key_of(name: str, n: int, args: Sequence[Any], kwargs: dict[str, Any], kind:
     return tuple(parts) if count == 1 or (several and count > 1) else None
 
 
-def _describe(values: Sequence[Any], kind: Callable[[Tensor], object], parts: list[Any]) -> int:
+def key_of_meeting(
+    name: str, n: int, args: Sequence[Any], kind: Callable[[Tensor], object], parameters: Container[int]
+) -> Hashable | None:
+    """All that decides how parameters themselves (by id) meet samples in a call, or None where more does."""
+    device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
+    parts: list[Any] = [name, n, torch.is_autocast_enabled(device)]
+    return tuple(parts) if _describe(args, kind, parts, parameters) > 1 else None
+
+
+def _describe(
+    values: Sequence[Any], kind: Callable[[Tensor], object], parts: list[Any], parameters: Container[int] | None = None
+) -> int:
     """Append what is to know of some arguments; the number of tensors among them, negative where more is needed."""
     count = 0
     for value in values:
         if isinstance(value, Tensor):
-            what = kind(value)
-            if isinstance(what, Axis):
-                if what.ragged is not None or what.chosen is not None:
-                    return -1
-            elif what != CONSTANT:
+            what = _plain_kind(value, kind(value), parameters)
+            if what is None:
                 return -1
-            parts += (what, value.shape)
+            parts += (what, value.shape) if parameters is None else (what, value.shape, value.stride(), value.dtype)
             count += 1
         elif type(value) in _PLAIN:
             parts.append(value)
@@ -55,6 +64,15 @@ def _describe(values: Sequence[Any], kind: Callable[[Tensor], object], parts: li
         else:
             return -1
     return count
+
+
+def _plain_kind(value: Tensor, kind: object, parameters: Container[int] | None) -> object:
+    """A kind that says all there is to know: a plain pattern of samples, a constant, one of the parameters; else None."""
+    if isinstance(kind, Axis):
+        return kind if kind.ragged is None and kind.chosen is None else None
+    if isinstance(kind, Shared):
+        return Shared if parameters is not None and id(value) in parameters else None
+    return kind if kind == CONSTANT else None
 
 
 def recall(key: Hashable | None) -> tuple[object, ...] | None:
