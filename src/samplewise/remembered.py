@@ -35,9 +35,10 @@ def key_of_meeting(
     name: str, n: int, args: Sequence[Any], kind: Callable[[Tensor], object], parameters: Container[int]
 ) -> Hashable | None:
     """All that decides how parameters themselves (by id) meet samples in a call, or None where more does."""
-    device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")
-    parts: list[Any] = [name, n, torch.is_autocast_enabled(device)]
-    return tuple(parts) if _describe(args, kind, parts, parameters) > 1 else None
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    parts: list[Any] = [name, n, bool(tensors) and torch.is_autocast_enabled(tensors[0].device.type)]
+    # none of them inside a list
+    return tuple(parts) if _describe(args, kind, parts, parameters) == len(tensors) > 1 else None
 
 
 def _describe(

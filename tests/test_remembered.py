@@ -1,0 +1,169 @@
+"""Calls like one before take a short way: the same answers, and only where shapes and plain axes decide."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import samplewise as sw
+from samplewise import mixing, registry, remembered
+from samplewise.errors import MixedSamplesError, SamplewiseError
+from samplewise.factors import Dense
+
+
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "_FOLLOWED", {})
+    monkeypatch.setattr(mixing, "_MEETINGS", {})
+
+
+class Net(nn.Module):
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.norm, self.function = nn.Linear(4, 4), nn.LayerNorm(4), function
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def losses(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().flatten(1).sum(1)
+
+
+def batch(n: int = 3, *shape: int) -> Tensor:
+    return torch.randn(n, *(shape or (5, 4)), generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+
+def by_loop(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = [
+        torch.autograd.grad(losses(model, x[k : k + 1]).sum(), list(named.values()), allow_unused=True) for k in range(len(x))
+    ]
+    columns = zip(named.values(), zip(*rows, strict=True), strict=True)
+    return dict(
+        zip(
+            named,
+            [torch.stack([torch.zeros_like(p) if g is None else g for g in column]) for p, column in columns],
+            strict=True,
+        )
+    )
+
+
+def plain(model: nn.Module, x: Tensor) -> Tensor:
+    return (model.norm(model.inner(x).tanh()) + x).transpose(1, 2).reshape(len(x), -1)
+
+
+def check(model: nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(sw.per_sample_grads(model, losses, x), by_loop(model, x))
+
+
+def test_the_second_step_is_remembered_and_exact() -> None:
+    model = Net(plain)
+    check(model, batch())
+    calls, meetings = dict(remembered._FOLLOWED), dict(mixing._MEETINGS)
+    assert {key[0] for key in calls} >= {"tanh", "add", "transpose", "reshape"}
+    assert {key[0] for key in meetings} == {"linear", "layer_norm"}
+    check(model, batch().flip(0))
+    assert (calls, meetings) == (remembered._FOLLOWED, mixing._MEETINGS)
+
+
+@pytest.mark.parametrize(
+    "x", [batch(4), batch(5), batch(3, 3, 4), batch(4, 4, 4), batch(1), batch(3).transpose(1, 2).contiguous().mT]
+)
+def test_other_shapes_are_decided_anew(x: Tensor) -> None:
+    """n equal to the length, or to the width, among them."""
+    model = Net(plain)
+    check(model, batch())
+    check(model, x)
+
+
+def test_other_axes_are_decided_anew() -> None:
+    """The same shapes with the samples elsewhere."""
+    model, x = Net(lambda m, x: m.inner(x).tanh()), batch(4, 4, 4)
+    for dim in (0, 1):
+        with sw.record(model, batch_size=4, batch_dim=dim) as rec:
+            rec.backward(model(x).square().sum([d for d in range(3) if d != dim]))
+        expected = by_loop(model, x.movedim(dim, 0))
+        torch.testing.assert_close(rec.grads(), expected)
+
+
+def test_freezing_is_seen() -> None:
+    model = Net(plain)
+    for frozen in ((), ("weight",), ("bias",), ("weight", "bias"), ()):
+        for name, p in model.inner.named_parameters():
+            p.requires_grad_(name not in frozen)
+        check(model, batch())
+
+
+def test_an_index_of_data_is_never_remembered() -> None:
+    """Equal shapes, other rows: a sample's own rows one time, another sample's the next."""
+    model = Net(lambda m, x: m.inner(x)[m.rows])
+    model.rows = torch.arange(3)
+    expected = by_loop(Net(lambda m, x: m.inner(x)), batch())
+    torch.testing.assert_close(sw.per_sample_grads(model, losses, batch()), expected)
+    assert not any(key[0] == "getitem" for key in remembered._FOLLOWED)
+    model.rows = torch.tensor([2, 1, 0])
+    with sw.record(model) as rec, pytest.raises(SamplewiseError):
+        rec.backward(losses(model, batch()))
+
+
+def test_a_mode_of_training_is_seen() -> None:
+    model = Net(lambda m, x: m.batch_norm(m.inner(x).mT))
+    model.batch_norm = nn.BatchNorm1d(4).double().eval()
+    check(model, batch())
+    model.train()
+    with sw.record(model), pytest.raises(MixedSamplesError):
+        model(batch())
+
+
+def test_a_weight_in_another_memory_order_and_type() -> None:
+    model = Net(plain)
+    check(model, batch())
+    model.inner.weight = nn.Parameter(model.inner.weight.detach().mT.contiguous().mT)
+    check(model, batch())
+    half = Net(plain).float()
+    torch.testing.assert_close(sw.per_sample_grads(half, losses, batch().float()), by_loop(half, batch().float()))
+
+
+def test_tensors_in_a_list_are_not_held() -> None:
+    """A rule of a third party with a list among its arguments."""
+
+    def mix(parts: list[Tensor], weight: Tensor) -> Tensor:
+        if torch.overrides.has_torch_function((weight,)):
+            return torch.overrides.handle_torch_function(mix, (weight,), parts, weight)
+        return (parts[0] + parts[1]) * weight
+
+    key = f"{mix.__module__}.{mix.__qualname__}"
+    try:
+
+        @sw.rule(mix)
+        def mixed(grad: Tensor, out: None, parts: list[Tensor], weight: Tensor) -> dict[str, object]:
+            return {"weight": Dense(grad * (parts[0] + parts[1]))}
+
+        model = Net(lambda m, x: mix([x, 2 * x], m.scale))
+        model.scale = nn.Parameter(torch.randn(4).double())
+        for x in (batch(3, 4), 3 * batch(3, 4)):
+            check(model, x)
+        assert not mixing._MEETINGS
+    finally:
+        registry.RULES.pop(key, None)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "_LIMIT", 20)
+    monkeypatch.setattr(mixing, "_MOST_MEETINGS", 5)
+    model = Net(plain)
+    for n in range(2, 12):
+        check(model, batch(n))
+        assert len(remembered._FOLLOWED) <= 20
+        assert len(mixing._MEETINGS) <= 5
+
+
+def test_in_place_activations() -> None:
+    model = Net(lambda m, x: F.relu(m.norm(F.relu(m.inner(x), inplace=True)), inplace=True))
+    check(model, batch())
+    check(model, batch())
