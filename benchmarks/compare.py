@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cells import Place, Question, first_line, memories, seconds
 from peers import FLOOR, GRADS, INTO, LOOP, NORMS, PLAIN, QUANTITIES, SYSTEMS, MissingGradientError, Problem, Result
 from workloads import CUDA_WORKLOADS, WORKLOADS
 
-# The largest error of a parameter's gradients, relative to their largest entry, that still counts as the loop's numbers.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
+# The largest error of a parameter's gradients, as the norm of the difference over that of the loop's, that still counts as the loop's
+# numbers. Rounding alone turns single units of a ReLU network on or off, so single entries may differ by any amount.
+TOLERANCE = {"float32": 5e-3, "bfloat16": 1e-1}
 # Methods that take over so many plain steps are measured in this many rounds only.
 SLOW, SLOW_ROUNDS = 25.0, 3
 
@@ -58,20 +58,16 @@ class Cell:
 
 
 def relative_error(found: Result, expected: Result) -> float:
-    """The largest, over parameters, of the largest difference over the largest entry."""
+    """The largest, over parameters, of the norm of the difference over the norm of what is expected."""
     if isinstance(expected, dict):
         if not isinstance(found, dict) or found.keys() != expected.keys():
             return float("inf")
         return max(relative_error(found[name], expected[name]) for name in expected)
     if found.shape != expected.shape:
         return float("inf")
-    error = largest(found - expected) / largest(expected).clamp(min=torch.finfo(torch.float32).tiny)
+    size = torch.linalg.vector_norm(expected, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+    error = torch.linalg.vector_norm(found - expected, dtype=torch.float32) / size
     return error.nan_to_num(float("inf")).item()
-
-
-def largest(x: Tensor) -> Tensor:
-    # no third copy of all gradients for their absolute values
-    return torch.stack([-x.min(), x.max()]).max().float()
 
 
 def judged(method: Method, problem: Problem, expected: Result, tolerance: float) -> Cell:
@@ -88,7 +84,7 @@ def judged(method: Method, problem: Problem, expected: Result, tolerance: float)
     except Exception as error:  # noqa: BLE001  (whatever a peer raises is its result)
         return replace(cell, trouble=f"raises {type(error).__name__}: {first_line(error)}")
     if cell.error is not None and not cell.error <= tolerance:
-        cell.trouble = f"wrong numbers (max relative error {cell.error:.1g})"
+        cell.trouble = f"wrong numbers (relative error {cell.error:.1g})"
     return cell
 
 
@@ -283,8 +279,9 @@ each in a fresh process.
 
 ## Refused or wrong
 
-Every result was first compared with a batch-of-one loop in the same dtype. Wrong is an error over {tolerance:g}, relative to the
-largest entry of the parameter's gradients. Models are unmodified, but for the layers that Opacus itself replaces.
+Every result was first compared with a batch-of-one loop in the same dtype. Wrong is an error over {tolerance:g}, the norm of
+the difference over the norm, for any parameter (rounding turns single units of a ReLU network on or off). Models are unmodified,
+but for the layers that Opacus itself replaces.
 
 {troubles}
 

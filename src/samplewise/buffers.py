@@ -27,10 +27,12 @@ _ALL: weakref.WeakSet[_Slots] = weakref.WeakSet()
 def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialised memory, `(*shape)`, that lasts until the same slot is asked for again in this thread.
 
-    Fresh memory where a graph is built or traced, since both outlast the moment, and where the thread's limit is reached.
+    Fresh memory where a graph is built or traced, since both outlast the moment; where the thread's limit is reached; and on devices whose
+    allocators keep memory themselves, and know the streams that use it.
     """
     size = math.prod(shape)
-    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or not size:  # noqa: SLF001
+    traced = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()  # noqa: SLF001
+    if traced or not size or like.device.type != "cpu":
         return like.new_empty(shape)
     slots = _slots().held
     key = (slot, like.device, like.dtype)
@@ -46,7 +48,7 @@ def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def release_buffers() -> None:
-    """Give the memory back that is kept between steps, at most 512 MiB for each thread that asked for quantities.
+    """Give the memory back that is kept between steps on the CPU, at most 512 MiB for each thread that asked for quantities.
 
     Example:
         >>> release_buffers()

@@ -45,6 +45,10 @@ class Factor(ABC):
         """Write the gradients themselves into `out`, `(n, *shape)`; returns it."""
         return out.copy_(self.to_dense())
 
+    def add_to(self, out: Tensor) -> Tensor:
+        """Add the gradients themselves to `out`, `(n, *shape)`; returns it."""
+        return out.add_(self.to_dense())
+
     def sq_norms(self) -> Tensor:
         """Squared Frobenius norms, `(n,)`, accumulated in float32 or better."""
         return squares(self.to_dense())

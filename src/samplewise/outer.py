@@ -138,9 +138,12 @@ class Rows(Factor):
         return dense.reshape(self.n, *self.shape)
 
     def write(self, out: Tensor) -> Tensor:
+        return self.add_to(out.zero_())
+
+    def add_to(self, out: Tensor) -> Tensor:
         if out.dtype != self.value.dtype or not out.is_contiguous():
-            return super().write(out)
-        out.zero_().view(self.n * self.shape[0], self.shape[1]).index_add_(0, self._keys().flatten(), self.value.flatten(0, 1))
+            return super().add_to(out)
+        out.view(self.n * self.shape[0], self.shape[1]).index_add_(0, self._keys().flatten(), self.value.flatten(0, 1))
         return out
 
     def sq_norms(self) -> Tensor:

@@ -509,10 +509,15 @@ def root(squares: Tensor) -> Tensor:
 
 def _run(rec: Record, loss_fn: LossFunction, batch: Batch) -> None:
     """Run a batch whose factors are consumed, each at its parameter's last use."""
-    with rec:
-        rec.backward(loss_fn(rec._recording.model, batch))  # noqa: SLF001
-    with rec._recording.aside():  # noqa: SLF001
-        rec._recording.collector.finish()  # noqa: SLF001
+    recording = rec._recording  # noqa: SLF001
+    try:
+        with rec:
+            rec.backward(loss_fn(recording.model, batch))
+        with recording.aside():
+            recording.collector.finish()
+    finally:
+        # it knows the results, and perhaps the record: in a cycle they would live until the garbage collector comes
+        recording.collector.consume = None
 
 
 def _dense(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Tensor:

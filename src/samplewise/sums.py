@@ -38,6 +38,14 @@ class Sum(Factor):
     def to_dense(self) -> Tensor:
         return sum((term.to_dense() for term in self.terms[1:]), self.terms[0].to_dense())
 
+    def write(self, out: Tensor) -> Tensor:
+        # rows of a table touch the least, so they come last
+        first, *others = sorted(self.terms, key=lambda term: isinstance(term, Rows))
+        first.write(out)
+        for term in others:
+            term.add_to(out)
+        return out
+
     def sq_norms(self) -> Tensor:
         if _apart(self.terms):
             return torch.stack([term.sq_norms() for term in self.terms]).sum(0)

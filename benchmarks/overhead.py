@@ -1,0 +1,129 @@
+"""What the recording itself costs: microseconds for each op of a deep model of tiny layers, and the share of a GPT's step.
+
+    python benchmarks/overhead.py [--threads 1] [--repeats 9]
+
+A chain of a hundred ops is run plainly and for norms; the difference, forward and backward apart, is divided by the number of ops. The
+GPT is run with its 4 layers and all its ops but with width 6 and two samples of two tokens, where nothing but overhead is left, beside the
+time of its real step.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import samplewise as sw
+from workloads import GPT, gpt, token_losses
+
+LENGTH, WIDTH = 100, 8
+
+
+@dataclass(frozen=True)
+class Chain:
+    """An op, repeated; `ops` calls of torch in each repetition."""
+
+    step: Callable[[nn.Module | None, Tensor], Tensor]
+    layer: Callable[[], nn.Module] | None = None
+    ops: int = 1
+
+
+CHAINS = {
+    "elementwise": Chain(lambda _, x: x * 1.5),
+    "in place": Chain(lambda _, x: (x * 1.5).relu_(), ops=2),
+    "view": Chain(lambda _, x: x.view(4, 2, WIDTH // 2).view(4, WIDTH), ops=2),
+    "softmax": Chain(lambda _, x: F.softmax(x, -1)),
+    "linear": Chain(lambda m, x: m(x), lambda: nn.Linear(WIDTH, WIDTH)),
+    "layer norm": Chain(lambda m, x: m(x), lambda: nn.LayerNorm(WIDTH)),
+}
+
+
+class Deep(nn.Module):
+    """A linear layer and a chain behind it."""
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        self.first, self.chain = nn.Linear(WIDTH, WIDTH), chain
+        self.layers = nn.ModuleList(chain.layer() for _ in range(LENGTH)) if chain.layer else [None] * LENGTH
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = self.chain.step(layer, x)
+        return x
+
+
+def fastest(run: Callable[[], object], repeats: int) -> float:
+    """Seconds; what else the machine does must not count."""
+    times = []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times[3:])
+
+
+def plain_step(model: nn.Module, losses: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    losses(model, x).sum().backward()
+
+
+def recorded_forward(model: nn.Module, x: Tensor) -> None:
+    with sw.record(model):
+        model(x)
+
+
+def opened(model: nn.Module) -> None:
+    with sw.record(model):
+        pass
+
+
+def per_op(chain: Chain, repeats: int) -> tuple[float, float]:
+    """Microseconds of overhead for each op, in the forward and in the backward."""
+    model, x = Deep(chain), torch.randn(4, WIDTH)
+
+    def losses(m: nn.Module, x: Tensor) -> Tensor:
+        return m(x).sum(1)
+
+    forward, step = fastest(lambda: model(x), repeats), fastest(lambda: plain_step(model, losses, x), repeats)
+    begin = fastest(lambda: opened(model), repeats)
+    recorded = fastest(lambda: recorded_forward(model, x), repeats)
+    whole = fastest(lambda: sw.per_sample_norms(model, losses, x), repeats)
+    count = LENGTH * chain.ops
+    return 1e6 * (recorded - begin - forward) / count, 1e6 * (whole - recorded - (step - forward)) / count
+
+
+def gpt_share(repeats: int) -> tuple[float, float]:
+    """The overhead of norms in milliseconds, and that of the real plain step."""
+    tiny, ids = GPT(8, 6, 4, 1, 2), torch.randint(8, (2, 2))
+
+    def losses(m: nn.Module, ids: Tensor) -> Tensor:
+        return token_losses(m(ids), ids)
+
+    ours = fastest(lambda: sw.per_sample_norms(tiny, losses, ids), repeats) - fastest(
+        lambda: plain_step(tiny, losses, ids), repeats
+    )
+    real = gpt()
+    return 1e3 * ours, 1e3 * fastest(lambda: plain_step(real.model, lambda m, _: real.loss_fn(m, real.batch), real.input), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print("| op | forward, us | backward, us |\n|---|---|---|")
+    for name, chain in CHAINS.items():
+        forward, backward = per_op(chain, options.repeats)
+        print(f"| {name} | {forward:.1f} | {backward:.1f} |")
+    ours, step = gpt_share(options.repeats)
+    print(f"\nGPT: {ours:.1f} ms of overhead for norms, {ours / step:.1%} of a plain step of {step:.0f} ms")
+
+
+if __name__ == "__main__":
+    main()
