@@ -121,6 +121,8 @@ def _joined(recording: Recorder, call: Call, plain: Tensor, each: Tensor, shared
         # (n, .., outer * inner, ..) -> (.., outer * n * inner, ..)
         out: Tensor = each.unflatten(dim + 1, (outer, rows // outer)).movedim(0, dim + 1).flatten(dim, dim + 2)
         if out.shape == plain.shape and _alike(out.detach(), plain):
+            # in the memory order of the op's own result: a `view` may follow
+            out = out.contiguous() if plain.is_contiguous() else out
             recording.declare(out, Axis(dim, outer, rows // outer))
             return out
     raise MixedSamplesError(
