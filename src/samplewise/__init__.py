@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from .errors import VerificationError as VerificationError
     from .projections import GaussianProjection as GaussianProjection
     from .quantities import Record as Record
-    from .quantities import clipped_grads as clipped_grads
-    from .quantities import per_sample_grads as per_sample_grads
-    from .quantities import per_sample_norms as per_sample_norms
     from .quantities import record as record
     from .registry import expand as expand
     from .registry import rule as rule
     from .strategy import calibrate as calibrate
+    from .streaming import clipped_grads as clipped_grads
+    from .streaming import per_sample_grads as per_sample_grads
+    from .streaming import per_sample_norms as per_sample_norms
     from .verification import verify as verify
 
 _HOME = {
@@ -34,9 +34,9 @@ _HOME = {
     "GaussianProjection": "projections",
     "release_buffers": "buffers",
     "Record": "quantities",
-    "clipped_grads": "quantities",
-    "per_sample_grads": "quantities",
-    "per_sample_norms": "quantities",
+    "clipped_grads": "streaming",
+    "per_sample_grads": "streaming",
+    "per_sample_norms": "streaming",
     "record": "quantities",
     "expand": "registry",
     "rule": "registry",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -50,6 +51,12 @@ def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
             f"{name}: has a hook on its gradient, which per-sample gradients would not pass through. Remove it for the recording, and "
             "apply to the results what it does."
         )
+
+
+def packed_owners(sequence: PackedSequence, n: int) -> Tensor:
+    """The sample of each row of a packed sequence."""
+    order = torch.arange(n) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
+    return torch.cat([order[:size] for size in sequence.batch_sizes.tolist()])
 
 
 def is_packed(value: object) -> TypeGuard[PackedSequence]:

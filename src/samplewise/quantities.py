@@ -1,8 +1,8 @@
-"""The public calls: record a batch, then ask for any quantity; or one call for one quantity, at the lowest memory."""
+"""Record a batch, then ask for any quantity."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,7 @@ from .projections import GaussianProjection
 from .recording import DECLARED_CONSTANT, Recording
 from .running import unrecorded
 from .strategy import Strategy
-from .sums import Store, moved
-
-Batch = Any
-LossFunction = Callable[[Any, Batch], Tensor]
+from .sums import Store
 
 
 class Record:
@@ -143,7 +140,7 @@ class Record:
         """
         with self._recording.aside():
             self._check_out("grads", out, self._n())
-            found = {name: _dense(name, factor, out) for name, factor in self.factors().items()}
+            found = {name: dense_in(name, factor, out) for name, factor in self.factors().items()}
             return self._filled(found, out, self._n())
 
     @overload
@@ -369,126 +366,6 @@ def record(
     )
 
 
-def per_sample_grads(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: Batch,
-    *,
-    batch_size: int | None = None,
-    batch_dim: int = 0,
-    out: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """The gradient of every sample's loss.
-
-    Args:
-        model: Any module, unmodified.
-        loss_fn: `loss_fn(model, batch) -> (n,)` losses.
-        batch: Handed to `loss_fn` as it is.
-        batch_size: n; by default the common size of the model's tensor inputs on `batch_dim`.
-        batch_dim: The axis of the model's inputs that carries the samples.
-        out: Tensors `{name: (n, *shape)}` to write the gradients into, the result of an earlier call for example: fresh memory is
-            slow.
-
-    Returns:
-        `{name: (n, *shape)}`.
-
-    Raises:
-        SamplewiseError: As `record` does.
-        ValueError: If `out` has not one tensor of the right shape and type for each parameter.
-
-    Example:
-        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
-        >>> per_sample_grads(model, lambda m, x: m(x).square().sum(1), x)["bias"].shape
-        torch.Size([4, 2])
-    """
-    grads: dict[str, Tensor] = {}
-
-    def consume(name: str, factor: Factor) -> None:
-        if not grads:
-            rec._check_out("per_sample_grads", out, rec._n())  # noqa: SLF001
-        grads[name] = _dense(name, factor, out)
-
-    rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume))
-    _run(rec, loss_fn, batch)
-    with rec._recording.aside():  # noqa: SLF001
-        return rec._filled(grads, out, rec._n())  # noqa: SLF001
-
-
-def per_sample_norms(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: Batch,
-    *,
-    batch_size: int | None = None,
-    batch_dim: int = 0,
-    strategy: str = "auto",
-) -> Tensor:
-    """The L2 norm of the gradient of every sample's loss, over all parameters, `(n,)`.
-
-    Each parameter's factor is dropped as soon as its squared norm is known. Arguments and errors as `per_sample_grads`, `strategy` as
-    `record`.
-
-    Example:
-        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
-        >>> per_sample_norms(model, lambda m, x: m(x).square().sum(1), x).shape
-        torch.Size([4])
-    """
-    squares: dict[str, Tensor] = {}
-
-    def consume(name: str, factor: Factor) -> None:
-        squares[name] = factor.sq_norms()
-
-    chosen = Strategy.of(strategy, None)
-    rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen))
-    _run(rec, loss_fn, batch)
-    return total_norms(squares, rec._n(), rec._like())  # noqa: SLF001
-
-
-def clipped_grads(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: Batch,
-    *,
-    max_grad_norm: float,
-    batch_size: int | None = None,
-    batch_dim: int = 0,
-    strategy: str = "auto",
-    memory_budget: int | None = None,
-    out: Mapping[str, Tensor] | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The sum of per-sample gradients clipped to `max_grad_norm`, and their norms before clipping, in one backward.
-
-    Book-keeping (Bu et al. 2023, arXiv:2210.00038): the factors of the one backward serve the norms and the weighted sum. Gradients
-    that are stored instead (`strategy`, `memory_budget` as in `record`) lie in memory that the next call reuses, at most 512 MiB;
-    `release_buffers` gives it back. Arguments and errors as `per_sample_grads`; ValueError if `max_grad_norm` is not positive.
-
-    Returns:
-        `({name: shape}, (n,))`; the sums are in `out` if it is given.
-
-    Example:
-        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
-        >>> sums, norms = clipped_grads(model, lambda m, x: m(x).square().sum(1), x, max_grad_norm=1.0)
-    """
-    clipping_weights(torch.zeros(0), max_grad_norm)
-    kept: dict[str, Factor] = {}
-    squares: dict[str, Tensor] = {}
-
-    def consume(name: str, factor: Factor) -> None:
-        kept[name], squares[name] = moved(f"factor of {name}", factor), factor.sq_norms()
-
-    chosen, store = Strategy.of(strategy, memory_budget), Store(reuse=True)
-    rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen, store=store))
-    _run(rec, loss_fn, batch)
-    rec._check_out("clipped_grads", out)  # noqa: SLF001
-    norms = total_norms(squares, rec._n(), rec._like())  # noqa: SLF001
-    weights, sums = clipping_weights(norms, max_grad_norm), dict[str, Tensor]()
-    with rec._recording.aside():  # noqa: SLF001
-        while kept:
-            name, factor = kept.popitem()
-            sums[name] = factor.weighted_sum(weights)
-        return rec._filled(sums, out), norms  # noqa: SLF001
-
-
 def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
     """`min(1, max_grad_norm / norms)`; a zero norm gives 1."""
     if not max_grad_norm > 0:
@@ -507,20 +384,8 @@ def root(squares: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 
 
-def _run(rec: Record, loss_fn: LossFunction, batch: Batch) -> None:
-    """Run a batch whose factors are consumed, each at its parameter's last use."""
-    recording = rec._recording  # noqa: SLF001
-    try:
-        with rec:
-            rec.backward(loss_fn(recording.model, batch))
-        with recording.aside():
-            recording.collector.finish()
-    finally:
-        # it knows the results, and perhaps the record: in a cycle they would live until the garbage collector comes
-        recording.collector.consume = None
-
-
-def _dense(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Tensor:
+def dense_in(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Tensor:
+    """All gradients of one parameter, in the tensor given for it, if there is one."""
     return factor.to_dense() if out is None else factor.write(out[name])
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .attaching import Entrance, common_size, held_tensors, is_packed, refuse_hooks, refuse_unrecordable
+from .attaching import Entrance, common_size, held_tensors, is_packed, packed_owners, refuse_hooks, refuse_unrecordable
 from .axes import Axis, Call, Lost, Where, tensors_in
 from .collecting import Collector, Shared, Source, leaves_of
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
@@ -217,10 +217,8 @@ class Recording(TorchFunctionMode):
 
     def _enter_packed(self, sequence: PackedSequence) -> None:
         """The rows of a packed sequence, and the orders that lead to it and back."""
-        sizes, n = sequence.batch_sizes.tolist(), self.n or 0
-        order = torch.arange(n) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
-        owners = torch.cat([order[:size] for size in sizes])
-        self.declare(sequence.data, Axis.of_rows(0, owners, n))
+        n = self.n or 0
+        self.declare(sequence.data, Axis.of_rows(0, packed_owners(sequence, n), n))
         for x in (sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices):
             if x is not None:
                 self.declare(x, CONSTANT)

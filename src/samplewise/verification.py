@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import VerificationError
-from .quantities import Batch, LossFunction, Record, clipped_grads, clipping_weights, per_sample_norms, record
+from .quantities import Record, clipping_weights, record
+from .streaming import Batch, LossFunction, clipped_grads, per_sample_norms
 
 Grads = dict[str, Tensor]
 
