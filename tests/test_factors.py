@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from samplewise.convolutional import Convolution
 from samplewise.factors import Dense, Diagonal, Factor, Pulled
 from samplewise.outer import Outer, Rows
+from samplewise.pixels import Taps, patch_grams
 from samplewise.strategy import Strategy, using
 from samplewise.sums import Sum, add
 
@@ -91,6 +92,11 @@ FACTORS: dict[str, Make] = {
     "conv2d, groups, dense": convolution(2, 2, 4, 2, 2, 9, stride=2, pad=1),
     "conv2d, dilation": convolution(2, 1, 2, 3, 2, 8, stride=2, pad=2, dilation=3),
     "conv2d, unused edge": convolution(2, 1, 2, 3, 2, 8, stride=3),
+    "conv1d, dilation that the stride divides": convolution(1, 1, 3, 2, 3, 13, stride=2, pad=4, dilation=4),
+    "conv1d, padding beyond the kernel": convolution(1, 2, 4, 4, 2, 3, pad=5),
+    "conv2d, stride beyond the image": convolution(2, 1, 3, 2, 3, 2, stride=5, pad=1),
+    "conv2d, kernel of one, stride": convolution(2, 1, 3, 4, 1, 5, stride=2, pad=1),
+    "conv3d, stride, groups": convolution(3, 2, 2, 4, 3, 5, stride=2, pad=1),
     "depthwise": convolution(2, 4, 4, 8, 3, 6, pad=1),
     "conv3d": convolution(3, 1, 2, 3, 2, 4, pad=1),
     "diagonal": diagonal(0, 0, 5),
@@ -154,6 +160,22 @@ def test_norms_by_either_strategy(name: str, n: int, strategy: str) -> None:
     with using(Strategy(strategy)):
         assert factor.algorithm in {strategy, "dense", "rows", "gram"}
         torch.testing.assert_close(factor.sq_norms(), flat(factor).square().sum(1))
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+def test_patch_grams_are_those_of_the_patches(kernel: int, stride: int, padding: int, dilation: int) -> None:
+    """With other settings along the other axis."""
+    image = x(2, 3, 10, 5)
+    settings = {"kernel_size": (kernel, 2), "stride": (stride, 2), "padding": (padding, 1), "dilation": (dilation, 1)}
+    patches = torch.nn.functional.unfold(image, **settings)
+    space = [(10 + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 3]
+    for graph in (False, True):
+        with torch.set_grad_enabled(graph):
+            found = patch_grams(image, space, [Taps.of(kernel, stride, padding, dilation), Taps.of(2, 2, 1, 1)])
+        torch.testing.assert_close(found.T.reshape(2, patches.shape[2], -1), patches.mT @ patches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -31,7 +31,8 @@ ALLOWED = {
     "buffers": set(),
     "factors": set(),
     "outer": {"buffers", "factors", "strategy"},
-    "convolutional": {"buffers", "factors", "outer", "strategy"},
+    "pixels": {"buffers", "outer"},
+    "convolutional": {"buffers", "factors", "outer", "pixels", "strategy"},
     "sums": {"buffers", "convolutional", "factors", "outer", "strategy"},
     "recurrence": {"registry", "running", "strategy"},
     "rules": {

@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from .buffers import scratch
 from .factors import Dense, Factor, chunk_size, squares, wide
 from .outer import Outer, gram_norms, gram_seconds
+from .pixels import Taps, patch_grams, patch_grams_seconds, samples_last
 from .strategy import current, rates
 
 # (what for, shape, of which type) -> memory to write into
@@ -39,9 +40,8 @@ class Convolution(Factor):
         name = current().name
         if name in {"gram", "tile"}:
             return name
-        unfolding = self._unfold_seconds()
-        gram = unfolding + gram_seconds(self._left(), math.prod(self.shape[1:]))
-        return "gram" if name == "auto" and gram <= min(self._fold_seconds(), unfolding + self._multiply_seconds()) else "tile"
+        tile = min(self._fold_seconds(), self._unfold_seconds() + self._multiply_seconds())
+        return "gram" if name == "auto" and self._gram_seconds() <= tile else "tile"
 
     def regroup(self, n: int) -> Factor:
         return self if n == self.n else Dense(self.to_dense()).regroup(n)
@@ -62,7 +62,8 @@ class Convolution(Factor):
         if not self.n:
             return squares(self.to_dense())
         if self.algorithm == "gram":
-            return torch.cat([part.gram_squares() for part in self._parts(chunk_size(self._patch_bytes() // 4, self.n))])
+            size = chunk_size(self.groups * self._positions() ** 2 * self.grad.element_size(), self.n)
+            return torch.cat([part.gram_squares() for part in self._parts(size)])
         return torch.cat([part.tile_squares() for part in self._parts(self._chunk())])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -99,14 +100,18 @@ class Convolution(Factor):
         return Outer(self._left(), right, self.shape)
 
     def gram_squares(self) -> Tensor:
-        """From the Gram of the patches `(n, g, positions, kernel * c_in)`, copied in runs along the channels."""
-        n, g, d = self.n, self.groups, len(self.padding)
-        x = self._padded(scratch, channels_last=True)
-        windows = self._windows(x, (x.stride(0), x.stride(-1), *x.stride()[1:-1])).unflatten(1, (g, -1))
-        rows = windows.permute(0, 1, *range(3 + d, 3 + 2 * d), *range(3, 3 + d), 2)
-        patches = scratch("patches", rows.shape, rows).copy_(rows)
-        right = patches.reshape(n, g, self._positions(), math.prod(self.shape[1:]))
-        return gram_norms(wide(self._left()), wide(right))
+        """`sum_{p,q} (grad[p] · grad[q]) (patch[p] · patch[q])`, `(n,)`."""
+        n, g = self.n, self.groups
+        if math.prod(self.shape[2:]) == 1:
+            return gram_norms(wide(self._left()), wide(self.unfolded(scratch).right))
+        rows = wide(self.grad).reshape(n * g, self.shape[0] // g, self._positions())
+        images = wide(self.input).reshape(n * g, self.shape[1], *self.input.shape[2:])
+        products = patch_grams(images, self.grad.shape[2:], self._taps()) * samples_last(rows, "output gradients")
+        return products.sum(0).reshape(n, g).sum(1)
+
+    def _taps(self) -> list[Taps]:
+        settings = zip(self.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        return [Taps.of(*one) for one in settings]
 
     def _left(self) -> Tensor:
         """The output gradient as the left of outer products, `(n, g, t, o)`."""
@@ -120,14 +125,11 @@ class Convolution(Factor):
             (self.n, self.input.shape[1], *self.shape[2:], *self.grad.shape[2:]), (*strides[:2], *spread, *steps)
         )
 
-    def _padded(self, memory: Memory, *, channels_last: bool = False) -> Tensor:
-        """The input with its zeros around, `(n, c_in, *space)` or `(n, *space, c_in)`."""
-        n, c, *space = self.input.shape
+    def _padded(self, memory: Memory) -> Tensor:
+        """The input with its zeros around, `(n, c_in, *space)`."""
+        space = self.input.shape[2:]
         sizes = [size + 2 * pad for size, pad in zip(space, self.padding, strict=True)]
-        padded = memory("padded", (n, *sizes, c) if channels_last else (n, c, *sizes), self.input)
-        inside = padded.movedim(-1, 1) if channels_last else padded
-        if any(self.padding):
-            padded.zero_()
+        inside = padded = memory("padded", (*self.input.shape[:2], *sizes), self.input).zero_()
         for dim, (size, pad) in enumerate(zip(space, self.padding, strict=True), 2):
             inside = inside.narrow(dim, pad, size)
         inside.copy_(self.input)
@@ -159,6 +161,13 @@ class Convolution(Factor):
     def _folds(self) -> bool:
         """Whether samples as groups of one convolution are the faster way."""
         return self._fold_seconds() <= self._unfold_seconds() + self._multiply_seconds()
+
+    def _gram_seconds(self) -> float:
+        if math.prod(self.shape[2:]) == 1:
+            return self._unfold_seconds() + gram_seconds(self._left(), self.shape[1])
+        rate, t = rates(self.grad), self._positions()
+        patches = patch_grams_seconds(self.input, self.grad.shape[2:], self._taps(), rate.product, rate.memory)
+        return 2 * self.shape[0] * t * t / rate.product + patches
 
     def _fold_seconds(self) -> float:
         """The flop at the rate of the ordinary gradient, and the result written and reordered."""

@@ -207,8 +207,8 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     total, size = left.new_zeros(n * g), _block(t)
     for a, b in itertools.combinations_with_replacement(range(0, t, size), 2):
         one, two = slice(a, a + size), slice(b, b + size)
-        products = _bmm(left[:, one], left[:, two].mT, "gram, left")
-        products *= _bmm(right[:, one], right[:, two].mT, "gram, right")
+        products = bmm(left[:, one], left[:, two].mT, "gram, left")
+        products *= bmm(right[:, one], right[:, two].mT, "gram, right")
         total += products.sum((1, 2)) * (1 if a == b else 2)
     return total.reshape(n, g).sum(1)
 
@@ -218,7 +218,8 @@ def _block(t: int) -> int:
     return max(1, min(_BLOCK, (t + 1) // 2) if t > 16 else t)
 
 
-def _bmm(a: Tensor, b: Tensor, slot: str) -> Tensor:
+def bmm(a: Tensor, b: Tensor, slot: str) -> Tensor:
+    """A batched product, into memory that the slot's next one overwrites."""
     if torch.is_grad_enabled():
         return a @ b
     return torch.bmm(a, b, out=scratch(slot, (a.shape[0], a.shape[1], b.shape[2]), a))
@@ -233,7 +234,7 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
         return
     size = chunk_size(g * o * i * left.element_size(), n)
     for a, b in zip(left.split(size), right.split(size), strict=True):
-        tile = _bmm(a.flatten(0, 1).mT, b.flatten(0, 1), "tile")
+        tile = bmm(a.flatten(0, 1).mT, b.flatten(0, 1), "tile")
         yield tile.reshape(len(a), g * o, i)
 
 
