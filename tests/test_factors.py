@@ -10,7 +10,7 @@ from torch import Size, Tensor
 from samplewise.convolutional import Convolution
 from samplewise.factors import Dense, Diagonal, Factor, Pulled
 from samplewise.outer import Outer, Rows
-from samplewise.pixels import Taps, patch_grams
+from samplewise.pixels import Geometry, patch_grams
 from samplewise.strategy import Strategy, using
 from samplewise.sums import Sum, add
 
@@ -171,10 +171,11 @@ def test_patch_grams_are_those_of_the_patches(kernel: int, stride: int, padding:
     image = x(2, 3, 10, 5)
     settings = {"kernel_size": (kernel, 2), "stride": (stride, 2), "padding": (padding, 1), "dilation": (dilation, 1)}
     patches = torch.nn.functional.unfold(image, **settings)
-    space = [(10 + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 3]
+    space = ((10 + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 3)
+    geometry = Geometry((4, 3, kernel, 2), (10, 5), space, (stride, 2), (padding, 1), (dilation, 1), 1)
     for graph in (False, True):
         with torch.set_grad_enabled(graph):
-            found = patch_grams(image, space, [Taps.of(kernel, stride, padding, dilation), Taps.of(2, 2, 1, 1)])
+            found = patch_grams(image, geometry)
         torch.testing.assert_close(found.T.reshape(2, patches.shape[2], -1), patches.mT @ patches)
 
 

@@ -32,7 +32,8 @@ ALLOWED = {
     "factors": set(),
     "outer": {"buffers", "factors", "strategy"},
     "pixels": {"buffers", "outer"},
-    "convolutional": {"buffers", "factors", "outer", "pixels", "strategy"},
+    "convolution_costs": {"outer", "pixels", "strategy"},
+    "convolutional": {"buffers", "convolution_costs", "factors", "outer", "pixels", "strategy"},
     "sums": {"buffers", "convolutional", "factors", "outer", "strategy"},
     "recurrence": {"registry", "running", "strategy"},
     "rules": {

@@ -2,21 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor
 
 from .buffers import scratch
+from .convolution_costs import LANES, Ways, is_pointwise, ways
 from .factors import Dense, Factor, chunk_size, squares, wide
-from .outer import Outer, gram_norms, gram_seconds
-from .pixels import Taps, patch_grams, patch_grams_seconds, samples_last
+from .outer import Outer, bmm, gram_norms
+from .pixels import Geometry, patch_grams, samples_last
 from .strategy import current, rates
 
 # (what for, shape, of which type) -> memory to write into
 Memory = Callable[[str, Sequence[int], Tensor], Tensor]
-# Channels that a convolution's kernels work on at once: fewer cost as much.
-_LANES = 16
+_WEIGHT_GRAD = torch.ops.aten.convolution_backward.default
 
 
 @dataclass(frozen=True)
@@ -36,35 +36,49 @@ class Convolution(Factor):
         return self.grad.shape[0]
 
     @property
+    def geometry(self) -> Geometry:
+        """All but the samples."""
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return Geometry(self.shape, self.input.shape[2:], self.grad.shape[2:], *settings)
+
+    @property
+    def ways(self) -> Ways:
+        """The cheapest ways to norms and gradients."""
+        return ways(self.geometry, self.grad.element_size(), rates(self.grad))
+
+    @property
     def algorithm(self) -> str:
         name = current().name
         if name in {"gram", "tile"}:
             return name
-        tile = min(self._fold_seconds(), self._unfold_seconds() + self._multiply_seconds())
-        return "gram" if name == "auto" and self._gram_seconds() <= tile else "tile"
+        return "gram" if name == "auto" and self.ways.gram else "tile"
 
     def regroup(self, n: int) -> Factor:
         return self if n == self.n else Dense(self.to_dense()).regroup(n)
 
     def to_dense(self) -> Tensor:
         if torch.is_grad_enabled() and self.n:
-            return self.folded() if self._folds() else self.unfold().to_dense()
+            return self.folded() if self.ways.folds else self.unfold().to_dense()
         return self.write(self.grad.new_empty(self.n, *self.shape))
 
     def write(self, out: Tensor) -> Tensor:
         if not self.n:
             return out
-        for rows, part in zip(out.split(self._chunk()), self._parts(self._chunk()), strict=True):
-            rows.copy_(part.folded()) if self._folds() else part.unfolded(scratch).write(rows)
+        size, folds = chunk_size(self.ways.bytes, self.n), self.ways.folds
+        for rows, part in zip(out.split(size), self._parts(size), strict=True):
+            if folds:
+                rows.copy_(part.folded())
+            else:
+                _write_products(part.unfolded(scratch), rows)
         return out
 
     def sq_norms(self) -> Tensor:
         if not self.n:
             return squares(self.to_dense())
         if self.algorithm == "gram":
-            size = chunk_size(self.groups * self._positions() ** 2 * self.grad.element_size(), self.n)
-            return torch.cat([part.gram_squares() for part in self._parts(size)])
-        return torch.cat([part.tile_squares() for part in self._parts(self._chunk())])
+            size = chunk_size(self.groups * math.prod(self.grad.shape[2:]) ** 2 * self.grad.element_size(), self.n)
+            return _joined([part.gram_squares() for part in self._parts(size)])
+        return _joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.bytes, self.n))])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scale = weights.to(self.grad.dtype).reshape(-1, *[1] * (self.grad.ndim - 1))
@@ -83,6 +97,25 @@ class Convolution(Factor):
         """The same as outer products of the output gradient with the patches it saw."""
         return self.unfolded(_fresh)
 
+    # --- norms of a few samples ---------------------------------------------------------------------------------------------
+
+    def gram_squares(self) -> Tensor:
+        """`sum_{p,q} (grad[p] · grad[q]) (patch[p] · patch[q])`, `(n,)`."""
+        n, g = self.n, self.groups
+        if math.prod(self.shape[2:]) == 1:
+            return gram_norms(wide(self._left()), wide(self.unfolded(scratch).right))
+        rows, images = wide(self.grad), wide(self.input)
+        if g > 1:
+            rows, images = rows.unflatten(1, (g, -1)).flatten(0, 1), images.unflatten(1, (g, -1)).flatten(0, 1)
+        products = patch_grams(images, self.geometry) * samples_last(rows.flatten(2), "output gradients")
+        return products.sum(0) if g == 1 else products.sum(0).reshape(n, g).sum(1)
+
+    def tile_squares(self) -> Tensor:
+        """From the gradients, which the next ones overwrite, `(n,)`."""
+        if self.ways.folds:
+            return squares(self.folded())
+        return squares(_transposed_products(self.unfolded(scratch)).reshape(self.n, -1))
+
     # --- two ways to the gradients of a few samples -------------------------------------------------------------------------
 
     def folded(self) -> Tensor:
@@ -92,38 +125,22 @@ class Convolution(Factor):
 
     def unfolded(self, memory: Memory) -> Outer:
         """As outer products; the patches are `(n, c_in * kernel, positions)`, copied in runs along the last axis of space."""
-        n, g = self.n, self.groups
         x = self._padded(memory) if any(self.padding) else self.input.contiguous()
-        windows = self._windows(x, x.stride())
-        patches = windows if self._is_pointwise() else memory("patches", windows.shape, windows).copy_(windows)
-        right = patches.reshape(n, g, math.prod(self.shape[1:]), self._positions()).mT
+        windows = self._windows(x)
+        patches = windows if is_pointwise(self.geometry) else memory("patches", windows.shape, windows).copy_(windows)
+        right = patches.reshape(self.n, self.groups, math.prod(self.shape[1:]), math.prod(self.grad.shape[2:])).mT
         return Outer(self._left(), right, self.shape)
-
-    def gram_squares(self) -> Tensor:
-        """`sum_{p,q} (grad[p] · grad[q]) (patch[p] · patch[q])`, `(n,)`."""
-        n, g = self.n, self.groups
-        if math.prod(self.shape[2:]) == 1:
-            return gram_norms(wide(self._left()), wide(self.unfolded(scratch).right))
-        rows = wide(self.grad).reshape(n * g, self.shape[0] // g, self._positions())
-        images = wide(self.input).reshape(n * g, self.shape[1], *self.input.shape[2:])
-        products = patch_grams(images, self.grad.shape[2:], self._taps()) * samples_last(rows, "output gradients")
-        return products.sum(0).reshape(n, g).sum(1)
-
-    def _taps(self) -> list[Taps]:
-        settings = zip(self.shape[2:], self.stride, self.padding, self.dilation, strict=True)
-        return [Taps.of(*one) for one in settings]
 
     def _left(self) -> Tensor:
         """The output gradient as the left of outer products, `(n, g, t, o)`."""
-        return self.grad.reshape(self.n, self.groups, self.shape[0] // self.groups, self._positions()).mT
+        return self.grad.reshape(self.n, self.groups, self.shape[0] // self.groups, math.prod(self.grad.shape[2:])).mT
 
-    def _windows(self, x: Tensor, strides: Sequence[int]) -> Tensor:
-        """A view `(n, c_in, *kernel, *space)` of a padded input, whose strides are given as those of `(n, c_in, *space)`."""
-        steps = [s * stride for s, stride in zip(strides[2:], self.stride, strict=True)]
-        spread = [s * dilation for s, dilation in zip(strides[2:], self.dilation, strict=True)]
-        return x.as_strided(
-            (self.n, self.input.shape[1], *self.shape[2:], *self.grad.shape[2:]), (*strides[:2], *spread, *steps)
-        )
+    def _windows(self, x: Tensor) -> Tensor:
+        """A view `(n, c_in, *kernel, *space)` of a padded input."""
+        steps = [s * stride for s, stride in zip(x.stride()[2:], self.stride, strict=True)]
+        spread = [s * dilation for s, dilation in zip(x.stride()[2:], self.dilation, strict=True)]
+        sizes = (self.n, self.input.shape[1], *self.shape[2:], *self.grad.shape[2:])
+        return x.as_strided(sizes, (*x.stride()[:2], *spread, *steps))
 
     def _padded(self, memory: Memory) -> Tensor:
         """The input with its zeros around, `(n, c_in, *space)`."""
@@ -135,71 +152,37 @@ class Convolution(Factor):
         inside.copy_(self.input)
         return padded
 
-    def tile_squares(self) -> Tensor:
-        if self._folds():
-            return squares(self.folded())
-        # the transposed product: BLAS is faster with the wider side first
-        outer = self.unfolded(scratch)
-        left, right = wide(outer.left).flatten(0, 1), wide(outer.right).flatten(0, 1)
-        size = (len(left), right.shape[2], left.shape[2])
-        tile = (
-            torch.matmul(right.mT, left)
-            if torch.is_grad_enabled()
-            else torch.bmm(right.mT, left, out=scratch("tile", size, left))
-        )
-        return squares(tile.reshape(self.n, -1))
-
     def _weight_grad(self, grad: Tensor, input: Tensor, folds: int = 1) -> Tensor:
         weight = grad.new_empty(1).expand(self.shape[0] * folds, *self.shape[1:])
         zeros = [0] * (grad.ndim - 2)
         settings = (self.stride, self.padding, self.dilation, False, zeros, self.groups * folds)
-        gradient: Tensor = torch.ops.aten.convolution_backward(grad, input, weight, None, *settings, [False, True, False])[1]
+        gradient: Tensor = _WEIGHT_GRAD(grad, input, weight, None, *settings, [False, True, False])[1]
         return gradient
 
-    # --- what they cost -----------------------------------------------------------------------------------------------------
-
-    def _folds(self) -> bool:
-        """Whether samples as groups of one convolution are the faster way."""
-        return self._fold_seconds() <= self._unfold_seconds() + self._multiply_seconds()
-
-    def _gram_seconds(self) -> float:
-        if math.prod(self.shape[2:]) == 1:
-            return self._unfold_seconds() + gram_seconds(self._left(), self.shape[1])
-        rate, t = rates(self.grad), self._positions()
-        patches = patch_grams_seconds(self.input, self.grad.shape[2:], self._taps(), rate.product, rate.memory)
-        return 2 * self.shape[0] * t * t / rate.product + patches
-
-    def _fold_seconds(self) -> float:
-        """The flop at the rate of the ordinary gradient, and the result written and reordered."""
-        rate, inputs = rates(self.grad), self.shape[1]
-        outputs = self.shape[0] // self.groups
-        lanes = 1 if inputs == outputs == 1 else math.ceil(inputs / _LANES) * _LANES / inputs
-        flops = 2 * math.prod(self.shape) * self._positions() * lanes
-        return flops / rate.convolution + 3 * math.prod(self.shape) * self.grad.element_size() / rate.memory
-
-    def _unfold_seconds(self) -> float:
-        """The patches written once and read once, with the strides of the copy."""
-        return 0.0 if self._is_pointwise() else 4 * self._patch_bytes() / rates(self.grad).memory
-
-    def _multiply_seconds(self) -> float:
-        return 2 * math.prod(self.shape) * self._positions() / rates(self.grad).product
-
-    def _positions(self) -> int:
-        return math.prod(self.grad.shape[2:])
-
-    def _is_pointwise(self) -> bool:
-        return set(self.shape[2:]) == {1} and set(self.stride) == {1} and not any(self.padding)
-
-    def _chunk(self) -> int:
-        patches = 0 if self._folds() else self._patch_bytes() // 4
-        return chunk_size(max(math.prod(self.shape) * self.grad.element_size(), patches), self.n)
-
-    def _patch_bytes(self) -> int:
-        return self.input.shape[1] * math.prod(self.shape[2:]) * self._positions() * self.grad.element_size()
-
     def _parts(self, size: int) -> Iterator["Convolution"]:
+        if size >= self.n:
+            yield self
+            return
+        settings = (self.shape, self.stride, self.padding, self.dilation, self.groups)
         for grad, x in zip(self.grad.split(size), self.input.split(size), strict=True):
-            yield replace(self, grad=grad, input=x)
+            yield Convolution(grad, x, *settings)
+
+
+def _transposed_products(outer: Outer) -> Tensor:
+    """`(n * g, i, o)`: BLAS is faster with the wider side first, and with the even one last."""
+    return bmm(wide(outer.right).flatten(0, 1).mT, wide(outer.left).flatten(0, 1), "tile")
+
+
+def _write_products(outer: Outer, out: Tensor) -> None:
+    (n, g, _, o), i = outer.left.shape, outer.right.shape[-1]
+    if i % LANES and out.is_contiguous():
+        out.view(n * g, o, i).copy_(_transposed_products(outer).mT)
+    else:
+        outer.write(out)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _fresh(_: str, shape: Sequence[int], like: Tensor) -> Tensor:

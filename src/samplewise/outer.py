@@ -10,7 +10,7 @@ from torch import Size, Tensor
 
 from .buffers import scratch
 from .factors import Dense, Factor, chunk_size, squares, wide
-from .strategy import current, has_onednn, onednn_linear, rates
+from .strategy import Rates, current, has_onednn, onednn_linear, rates
 
 # A Gram of positions is formed in blocks of at most so many, half of them: it is symmetric.
 _BLOCK = 128
@@ -38,7 +38,7 @@ class Outer(Factor):
         if name in {"gram", "tile"}:
             return name
         rate = rates(self.left)
-        gram = gram_seconds(self.left, i)
+        gram = gram_seconds((g, t, o, i), self.left.element_size(), rate)
         # 2 t o i flop, written to cache and read once
         tile = g * o * i * (2 * t / max(rate.product, rate.linear) + 2 * self.left.element_size() / rate.memory)
         return "gram" if name == "auto" and gram <= tile else "tile"
@@ -191,13 +191,13 @@ class Rows(Factor):
         return samples * self.shape[0] + self.index
 
 
-def gram_seconds(left: Tensor, i: int) -> float:
-    """What norms by inner products of positions cost for each sample, at the measured rates."""
-    (_, g, t, o), rate = left.shape, rates(left)
+def gram_seconds(sizes: tuple[int, int, int, int], itemsize: int, rate: Rates) -> float:
+    """What norms by inner products of positions cost for each sample; `sizes` are g, t, o, i."""
+    g, t, o, i = sizes
     blocks = math.ceil(t / _block(t))
     flops = 2 * g * t * t * (o + i) * (blocks + 1) / (2 * blocks)
     # both Grams written, multiplied in place and summed
-    return flops / rate.product + 4 * g * t * t * left.element_size() / rate.memory
+    return flops / rate.product + 4 * g * t * t * itemsize / rate.memory
 
 
 def gram_norms(left: Tensor, right: Tensor) -> Tensor:

@@ -4,47 +4,61 @@ The Gram of pixels (sample by sample, position by position) costs T^2 c; that of
 Samples lie on the last axis, so that what is moved are long runs of memory.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .buffers import scratch
 from .outer import bmm
 
-# Passes over memory that jump from run to run, in those of one that does not (measured; 2 threads, AVX512).
-_JUMPING = 2.5
+Slices = tuple[slice, ...]
 
 
-@dataclass(frozen=True)
-class Taps:
-    """A kernel along one axis of space: position p of the output sees pixels `stride (p + move) + phase`."""
+class Geometry(NamedTuple):
+    """All of a convolution but its samples: what depends on it alone is found once."""
 
-    stride: int
-    # phase -> moves
-    moves: dict[int, list[int]]
-
-    @staticmethod
-    def of(kernel: int, stride: int, padding: int, dilation: int) -> "Taps":
-        """From the settings of a convolution; pixels outside of the image are zeros and left out."""
-        moves: dict[int, list[int]] = {}
-        for tap in range(kernel):
-            move, phase = divmod(dilation * tap - padding, stride)
-            moves.setdefault(phase, []).append(move)
-        return Taps(stride, moves)
+    shape: tuple[int, ...]  # of the weight, (c_out, c_in / groups, *kernel)
+    sizes: tuple[int, ...]  # of the input
+    space: tuple[int, ...]  # of the output
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
 
 
-def patch_grams(input: Tensor, space: Sequence[int], taps: Sequence[Taps]) -> Tensor:
-    """`sum over channels and taps of patch[p] patch[q]` of images `(m, c, *sizes)`, `(t * t, m)` for t positions in `space`."""
-    grams = scratch("patch grams", (*space, *space, len(input)), input).zero_()
-    for phases in itertools.product(*(axis.moves for axis in taps)):
-        seen = [slice(phase, None, axis.stride) for axis, phase in zip(taps, phases, strict=True)]
-        pixels = input[(slice(None), slice(None), *seen)]
-        sizes, moves = pixels.shape[2:], [axis.moves[phase] for axis, phase in zip(taps, phases, strict=True)]
-        if pixels.numel():
-            _add_moved(grams, samples_last(pixels.flatten(2), "pixels").view(*sizes, *sizes, len(input)), moves)
+class Stage(NamedTuple):
+    """Moves along one axis of the image, on both sides of a Gram."""
+
+    # of the result, without the samples
+    shape: tuple[int, ...]
+    # where each move adds what lies where
+    moves: tuple[tuple[Slices, Slices], ...]
+
+
+class Phase(NamedTuple):
+    """The pixels that some taps see at all positions, and how the taps move them, axis after axis."""
+
+    pixels: Slices
+    sizes: tuple[int, ...]
+    stages: tuple[Stage, ...]
+
+
+def patch_grams(input: Tensor, geometry: Geometry) -> Tensor:
+    """`sum over channels and taps of patch[p] patch[q]` of images `(m, c, *sizes)`, `(t * t, m)` for t positions of the output."""
+    m, space = len(input), geometry.space
+    grams = scratch("patch grams", (*space, *space, m), input).zero_()
+    for phase in phases(geometry):
+        moved = samples_last(input[phase.pixels].flatten(2), "pixels").view(*phase.sizes, *phase.sizes, m)
+        for k, stage in enumerate(phase.stages, 1):
+            last = k == len(phase.stages)
+            into = grams if last else scratch(f"moved along {k}", (*stage.shape, m), input).zero_()
+            for here, there in stage.moves:
+                into[here].add_(moved[there])
+            moved = into
     return grams.flatten(0, -2)
 
 
@@ -54,28 +68,37 @@ def samples_last(x: Tensor, slot: str) -> Tensor:
     return scratch(f"{slot}, samples last", grams.shape, grams).copy_(grams)
 
 
-def patch_grams_seconds(input: Tensor, space: Sequence[int], taps: Sequence[Taps], product: float, memory: float) -> float:
-    """What `patch_grams`, and the Gram it meets, cost for each sample at rates of flop/s and bytes/s."""
-    flops, passes = 0, 5
-    for phases in itertools.product(*(axis.moves for axis in taps)):
-        seen = [-(-(size - phase) // axis.stride) for size, phase, axis in zip(input.shape[2:], phases, taps, strict=True)]
-        flops += 2 * input.shape[1] * math.prod(seen) ** 2
-        passes += 2 + sum(1 + 3 * len(axis.moves[phase]) for axis, phase in zip(taps, phases, strict=True))
-    return flops / product + _JUMPING * passes * math.prod(space) ** 2 * input.element_size() / memory
+@functools.lru_cache(maxsize=4096)
+def phases(geometry: Geometry) -> tuple[Phase, ...]:
+    """The taps of a kernel by the pixels that they see: position p sees pixel `stride (p + move) + phase` along each axis."""
+    settings = zip(geometry.shape[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    found = []
+    for some in itertools.product(*(_moves(*one).items() for one in settings)):
+        pixels = [slice(phase, None, stride) for (phase, _), stride in zip(some, geometry.stride, strict=True)]
+        sizes = tuple(len(range(size)[places]) for size, places in zip(geometry.sizes, pixels, strict=True))
+        if all(sizes):
+            stages = tuple(_stages(sizes, geometry.space, [moves for _, moves in some]))
+            found.append(Phase((slice(None), slice(None), *pixels), sizes, stages))
+    return tuple(found)
 
 
-def _add_moved(total: Tensor, grams: Tensor, moves: Sequence[Sequence[int]]) -> None:
-    """Add a Gram of pixels `(*sizes, *sizes, m)` to `total`, `(*space, *space, m)`, at all moves: axis after axis."""
-    d = len(moves)
+def _moves(kernel: int, stride: int, padding: int, dilation: int) -> Mapping[int, Sequence[int]]:
+    """The moves of a kernel's taps along one axis, by phase. Pixels outside of the image are zeros and left out."""
+    moves: dict[int, list[int]] = {}
+    for tap in range(kernel):
+        move, phase = divmod(dilation * tap - padding, stride)
+        moves.setdefault(phase, []).append(move)
+    return moves
+
+
+def _stages(sizes: Sequence[int], space: Sequence[int], moves: Sequence[Sequence[int]]) -> Iterator[Stage]:
+    d, now = len(space), list(sizes)
     for axis, steps in enumerate(moves):
-        if axis < d - 1 and steps == [0] and grams.shape[axis] == total.shape[axis]:
-            continue
-        shape = list(grams.shape)
-        shape[axis] = shape[axis + d] = total.shape[axis]
-        moved = total if axis == d - 1 else scratch(f"moved along {axis}", shape, grams).zero_()
-        for here, there in _overlaps(steps, total.shape[axis], grams.shape[axis]):
-            moved[_on(axis, d, here)] += grams[_on(axis, d, there)]
-        grams = moved
+        stays = steps == [0] and now[axis] == space[axis]
+        if axis == d - 1 or not stays:
+            overlaps = [(_on(axis, d, here), _on(axis, d, there)) for here, there in _overlaps(steps, space[axis], now[axis])]
+            now[axis] = space[axis]
+            yield Stage((*now, *now), tuple(overlaps))
 
 
 def _overlaps(moves: Sequence[int], positions: int, pixels: int) -> Iterator[tuple[slice, slice]]:
@@ -86,6 +109,13 @@ def _overlaps(moves: Sequence[int], positions: int, pixels: int) -> Iterator[tup
             yield slice(start, stop), slice(start + move, stop + move)
 
 
-def _on(axis: int, d: int, places: slice) -> tuple[slice, ...]:
+def _on(axis: int, d: int, places: slice) -> Slices:
     """The same places on an axis of the one image and of the other."""
-    return tuple(places if k in {axis, axis + d} else slice(None) for k in range(2 * d))
+    return tuple(places if k in {axis, axis + d} else slice(None) for k in range(axis + d + 1))
+
+
+def entries_moved(geometry: Geometry) -> int:
+    """How many numbers `patch_grams` reads and writes for each sample, the products aside."""
+    t = math.prod(geometry.space)
+    moves = sum(1 + 3 * len(stage.moves) for phase in phases(geometry) for stage in phase.stages)
+    return (3 + moves + 2 * len(phases(geometry))) * t * t

@@ -1,0 +1,74 @@
+"""Which way leads to the weight gradients of a convolution sample by sample, and to their norms: what each costs, in seconds a sample."""
+
+import functools
+import math
+from typing import NamedTuple
+
+from .outer import gram_seconds
+from .pixels import Geometry, entries_moved, phases
+from .strategy import Rates
+
+# Channels that a convolution's kernels work on at once: fewer cost as much.
+LANES = 16
+# Passes over memory that jump from run to run, in those of one that does not (measured with 2 threads and AVX512).
+_JUMPING = 2.5
+
+
+class Ways(NamedTuple):
+    """The cheapest ways."""
+
+    # norms from inner products of positions, and not from gradients formed for the moment
+    gram: bool
+    # gradients by one convolution with the samples as groups, and not from patches
+    folds: bool
+    # what those take for each sample, in bytes
+    bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def ways(geometry: Geometry, itemsize: int, rate: Rates) -> Ways:
+    """The cheapest ways for tensors of some size of numbers, at the rates of their device."""
+    fold, unfold = _fold_seconds(geometry, itemsize, rate), _unfold_seconds(geometry, itemsize, rate)
+    folds = fold <= unfold + _multiply_seconds(geometry, rate)
+    tile = min(fold, unfold + _multiply_seconds(geometry, rate))
+    gradients, patches = math.prod(geometry.shape) * itemsize, 0 if folds else _patches(geometry) * itemsize
+    return Ways(_gram_seconds(geometry, itemsize, rate) <= tile, folds, max(gradients, patches))
+
+
+def is_pointwise(geometry: Geometry) -> bool:
+    """Whether every position sees one pixel, in order: a linear layer."""
+    return set(geometry.shape[2:]) == {1} and set(geometry.stride) == {1} and not any(geometry.padding)
+
+
+def _fold_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
+    """The flop at the rate of the ordinary gradient, and the result written and reordered."""
+    inputs, outputs = geometry.shape[1], geometry.shape[0] // geometry.groups
+    lanes = 1 if inputs == outputs == 1 else math.ceil(inputs / LANES) * LANES / inputs
+    return _flops(geometry) * lanes / rate.convolution + 3 * math.prod(geometry.shape) * itemsize / rate.memory
+
+
+def _unfold_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
+    """The patches written once and read once, with the strides of the copy."""
+    return 0.0 if is_pointwise(geometry) else 4 * _patches(geometry) * itemsize / rate.memory
+
+
+def _multiply_seconds(geometry: Geometry, rate: Rates) -> float:
+    return _flops(geometry) / rate.product
+
+
+def _gram_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
+    t, g, outputs = math.prod(geometry.space), geometry.groups, geometry.shape[0]
+    if math.prod(geometry.shape[2:]) == 1:
+        gram = gram_seconds((g, t, outputs // g, geometry.shape[1]), itemsize, rate)
+        return _unfold_seconds(geometry, itemsize, rate) + gram
+    pixels = sum(math.prod(phase.sizes) ** 2 for phase in phases(geometry))
+    flops = 2 * outputs * t * t + 2 * g * geometry.shape[1] * pixels
+    return flops / rate.product + _JUMPING * g * entries_moved(geometry) * itemsize / rate.memory
+
+
+def _flops(geometry: Geometry) -> int:
+    return 2 * math.prod(geometry.shape) * math.prod(geometry.space)
+
+
+def _patches(geometry: Geometry) -> int:
+    return geometry.groups * math.prod(geometry.shape[1:]) * math.prod(geometry.space)
