@@ -144,10 +144,11 @@ class Collector:
 
     def expect(self, source: Source, op: str, how: str) -> list[Use]:
         """Note a use in the forward; `add` with the same uses brings its factor."""
-        new = [Use(name, op, how) for name in sorted(source.names)]
-        for use in new:
+        for name in source.names:
             # a derived tensor's pull-back waits for the end
-            self._expected[use.parameter] = self._expected.get(use.parameter, 0) + (1 if source.edge is None else math.inf)
+            self._expected[name] = self._expected.get(name, 0) + (1 if source.edge is None else math.inf)
+        # nobody asks for the coverage of what is consumed
+        new = [Use(name, op, how) for name in sorted(source.names)] if self.consume is None else []
         self.uses += new
         return new
 
@@ -164,14 +165,17 @@ class Collector:
     def add(self, source: Source, factor: Factor, uses: list[Use]) -> None:
         """Take the factor of one use."""
         self.empty = False
-        self._refuse_late(source.names)
+        if not self._consumed.isdisjoint(source.names):
+            self._refuse_late(source.names & self._consumed)
         if self.parameters[next(iter(source.names))].is_complex():
             # the structured quantities are real
             factor = Dense(factor.to_dense())
         if self.consume is None:
             for use in uses:
                 use.structure, use.algorithm = type(factor).__name__, factor.algorithm
-        arrived = self._arrived.setdefault(source.key, Arrived(source))
+        arrived = self._arrived.get(source.key)
+        if arrived is None:
+            arrived = self._arrived[source.key] = Arrived(source)
         arrived.add(factor)
         if source.edge is None:
             (name,) = source.names
@@ -193,13 +197,11 @@ class Collector:
             self._consumed.add(name)
             self.consume(name, factor)
 
-    def _refuse_late(self, names: frozenset[str]) -> None:
-        late = names & self._consumed
-        if late:
-            raise SamplewiseError(
-                f"{', '.join(sorted(late))}: a gradient arrived after the parameter's last known use was done with, from a use that the "
-                "forward pass did not show. Use `samplewise.record`, which keeps all uses to the end."
-            )
+    def _refuse_late(self, late: frozenset[str]) -> None:
+        raise SamplewiseError(
+            f"{', '.join(sorted(late))}: a gradient arrived after the parameter's last known use was done with, from a use that the "
+            "forward pass did not show. Use `samplewise.record`, which keeps all uses to the end."
+        )
 
     def finish(self) -> None:
         """Hand what has not been consumed yet to `consume`."""

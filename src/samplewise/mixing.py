@@ -223,10 +223,10 @@ def _tap(
     places, own = [_placed(recording, call, x, shared) for x in outs], {id(x) for x in shared}
     wanted = [(name, k, x) for name, k, x in slots if id(x) in own]
     needed = rule.saved_for({name for name, _, _ in wanted})
-    held, saved = _held(recording, arguments, slots, needed, axes)
+    plain, held, saved = _held(recording, arguments, slots, needed, axes)
     sources = [(name, k, source_of(recording, x)) for name, k, x in wanted]
     keeps_out = "out" in needed
-    tapped = _tapped(recording, call.name, call.n, rule, held, saved, sources, outs, places, keeps_out=keeps_out)
+    tapped = _tapped(recording, call.name, call.n, rule, plain, held, saved, sources, outs, places, keeps_out=keeps_out)
     if isinstance(out, Tensor) and not keeps_out:
         _remember(recording, call, rule, held, saved, sources, places[0])
     return tapped[0] if isinstance(out, Tensor) else swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
@@ -240,7 +240,8 @@ def _tapped(
     op: str,
     n: int,
     rule: Rule,
-    held: Mapping[str, Any],
+    plain: dict[str, Any],
+    slots: Mapping[str, Any],
     saved: list[Tensor],
     sources: Sources,
     outs: list[Tensor],
@@ -248,7 +249,10 @@ def _tapped(
     *,
     keeps_out: bool = False,
 ) -> list[Tensor]:
-    """Tap the results of a call. The closure must not hold its tensors: they would outlive the graph, past every saved-tensor hook."""
+    """Tap the results of a call, with its arguments apart: plain values, and slots for tensors.
+
+    The closure must not hold its tensors: they would outlive the graph, past every saved-tensor hook.
+    """
     uses = [recording.collector.expect(source, op, "rule") for *_, source in sources]
     count = len(outs)
 
@@ -256,12 +260,12 @@ def _tapped(
         rows = [None if g is None else axis.rows(g, n) for g, axis in zip(grads, places, strict=True)]
         results = [axis.rows(x, n) for x, axis in zip(saved[-count:], places, strict=True)] if keeps_out else [None] * count
         dtype = next(g.dtype for g in grads if g is not None)
-        filled = {name: _filled(value, saved, n, dtype) for name, value in held.items()}
+        filled = {name: _filled(value, saved, n, dtype) for name, value in slots.items()}
         single = count == 1
         try:
-            found = rule.function(rows[0] if single else rows, results[0] if single else results, **filled)
+            found = rule.function(rows[0] if single else rows, results[0] if single else results, **plain, **filled)
         except NotImplementedError as error:
-            names = ", ".join(use.parameter for group in uses for use in group)
+            names = ", ".join(sorted(name for *_, source in sources for name in source.names))
             raise UnsupportedOpError(f"{error} (parameter {names})") from error
         return [
             (source, use, _checked(op, found, name, k, source).regroup(n))
@@ -284,6 +288,8 @@ class Meeting:
     # the positions of the arguments that are saved; after them come the statistics that the rule keeps
     saved: tuple[int, ...]
     statistics: int
+    # the arguments without tensors, by name and position, and slots for the others
+    plain: tuple[tuple[str, int], ...]
     slots: Mapping[str, Any]
     place: Axis
 
@@ -305,10 +311,10 @@ def meet_again(recording: Recorder, func: Function, op: Operation, meeting: Meet
     for _, k in meeting.shared:
         values[k] = args[k].detach()
     out, statistics = (func(*values), ()) if rule.run is None else rule.run(*values)
-    held = {**dict(zip(rule.arguments, args, strict=False)), **meeting.slots}
+    plain = {name: args[k] for name, k in meeting.plain}
     saved = [*(values[k] for k in meeting.saved), *statistics[: meeting.statistics]]
     sources = [(name, None, recording.sources[id(args[k])]) for name, k in meeting.shared]
-    return _tapped(recording, op.name, n, rule, held, saved, sources, [_no_view(out)], [meeting.place])[0]
+    return _tapped(recording, op.name, n, rule, plain, meeting.slots, saved, sources, [_no_view(out)], [meeting.place])[0]
 
 
 def _remember(
@@ -333,10 +339,8 @@ def _remember(
         return
     if len(_MEETINGS) >= _MOST_MEETINGS:
         _MEETINGS.clear()
-    slots = {name: held[name] for name in given} | ({"statistics": statistics} if statistics else {})
-    _MEETINGS[key] = Meeting(
-        rule, tuple((name, where[name]) for name, *_ in sources), tuple(k for _, k in own), kept, slots, place
-    )
+    shared, plain = [(name, where[name]) for name, *_ in sources], [(name, k) for name, k in where.items() if name not in held]
+    _MEETINGS[key] = Meeting(rule, tuple(shared), tuple(k for _, k in own), kept, tuple(plain), held, place)
 
 
 def _held(
@@ -345,8 +349,8 @@ def _held(
     tensors: Slots,
     needed: set[str],
     axes: Mapping[int, Axis],
-) -> tuple[dict[str, Any], list[Tensor]]:
-    """A rule's arguments with slots for the tensors, and those that have to be saved; parameters are saved detached."""
+) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
+    """A rule's arguments without tensors, the others with slots for them, and what has to be saved; parameters detached."""
     saved: list[Tensor] = []
     slots: dict[int, Slot] = {}
     for name, _, x in tensors:
@@ -356,10 +360,10 @@ def _held(
             saved.append(x if axis is not None else seen(recording, x))
         elif id(x) not in slots:
             slots[id(x)] = Slot(_stand_in(x.shape, x.stride(), x.dtype), axis)
-    held = dict(arguments)
-    for name, _, x in tensors:
-        held[name] = slots[id(x)] if arguments[name] is x else swapped(held[name], slots)
-    return held, saved
+    names = {name for name, _, _ in tensors}
+    plain = {name: value for name, value in arguments.items() if name not in names}
+    held = {name: swapped(value, slots) for name, value in arguments.items() if name in names}
+    return plain, held, saved
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,6 +19,7 @@ class Notes(Generic[Value]):
     def __init__(self) -> None:
         self._values: dict[int, Value] = {}
         self._watch: dict[int, Any] = {}
+        self._self = weakref.ref(self)
 
     def get(self, tensor: Tensor) -> Value | None:
         """What is known, or None."""
@@ -27,7 +28,7 @@ class Notes(Generic[Value]):
     def __setitem__(self, tensor: Tensor, value: Value) -> None:
         key = id(tensor)
         if key not in self._watch:
-            self._watch[key] = weakref.ref(tensor, partial(_forget, weakref.ref(self), key))
+            self._watch[key] = weakref.ref(tensor, partial(_forget, self._self, key))
         self._values[key] = value
 
 

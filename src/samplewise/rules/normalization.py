@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +11,19 @@ from samplewise.factors import Dense
 from samplewise.registry import rule
 
 
-def _layer_norm(input: Tensor, normalized_shape: Sequence[int], *rest: Any, **others: Any) -> tuple[Tensor, Sequence[Tensor]]:
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> tuple[Tensor, Sequence[Tensor]]:
     """The op, with the mean and the reciprocal deviation that it found."""
-    arguments = dict(zip(("weight", "bias", "eps"), rest, strict=False)) | others
-    weight, bias = arguments.get("weight"), arguments.get("bias")
     if not _keeps_statistics(input, weight, bias):
-        return torch.layer_norm(input, normalized_shape, *rest, **others), ()
-    out, *statistics = torch.native_layer_norm(input, normalized_shape, weight, bias, arguments.get("eps", 1e-5))
-    return out, [x.detach() for x in statistics]
+        return torch.layer_norm(input, normalized_shape, weight, bias, eps, cudnn_enable), ()
+    out, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+    return out, (mean.detach(), rstd.detach())
 
 
 @rule(torch.layer_norm, saves={"weight": ["input", "statistics"], "bias": []}, run=_layer_norm)
@@ -63,15 +67,20 @@ def rms_norm(
     return {"weight": Dense(_over_positions(grad * normalized, len(normalized_shape)))}
 
 
-def _group_norm(input: Tensor, num_groups: int, *rest: Any, **others: Any) -> tuple[Tensor, Sequence[Tensor]]:
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> tuple[Tensor, Sequence[Tensor]]:
     """The op, with the mean and the reciprocal deviation that it found."""
-    arguments = dict(zip(("weight", "bias", "eps"), rest, strict=False)) | others
-    weight, bias = arguments.get("weight"), arguments.get("bias")
-    n, c, t = input.shape[0], input.shape[1], math.prod(input.shape[2:])
     if not _keeps_statistics(input, weight, bias) or not input.is_contiguous():
-        return torch.group_norm(input, num_groups, *rest, **others), ()
-    out, *statistics = torch.native_group_norm(input, weight, bias, n, c, t, num_groups, arguments.get("eps", 1e-5))
-    return out, [x.detach() for x in statistics]
+        return torch.group_norm(input, num_groups, weight, bias, eps, cudnn_enabled), ()
+    n, c, *space = input.shape
+    out, mean, rstd = torch.native_group_norm(input, weight, bias, n, c, math.prod(space), num_groups, eps)
+    return out, (mean.detach(), rstd.detach())
 
 
 @rule(torch.group_norm, saves={"weight": ["input", "statistics"], "bias": []}, run=_group_norm)
