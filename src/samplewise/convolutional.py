@@ -107,7 +107,7 @@ class Convolution(Factor):
         rows, images = wide(self.grad), wide(self.input)
         if g > 1:
             rows, images = rows.unflatten(1, (g, -1)).flatten(0, 1), images.unflatten(1, (g, -1)).flatten(0, 1)
-        products = patch_grams(images, self.geometry) * samples_last(rows.flatten(2), "output gradients")
+        products = patch_grams(images, self.geometry) * samples_last(rows.flatten(2))
         return products.sum(0) if g == 1 else products.sum(0).reshape(n, g).sum(1)
 
     def tile_squares(self) -> Tensor:

@@ -13,7 +13,7 @@ from .factors import Dense, Factor, chunk_size, squares, wide
 from .strategy import Rates, current, has_onednn, onednn_linear, rates
 
 # A Gram of positions is formed in blocks of at most so many, half of them: it is symmetric.
-_BLOCK = 128
+_BLOCK = 64
 # Below it, in flop, the call itself costs more than the product.
 _SMALL_PRODUCT = 1e8
 
@@ -203,14 +203,13 @@ def gram_seconds(sizes: tuple[int, int, int, int], itemsize: int, rate: Rates) -
 def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     """`sum_{t,s} (left[t] · left[s]) (right[t] · right[s])`, `(n,)`, by the blocks on and above the diagonal."""
     n, g, t, _ = left.shape
-    left, right = left.flatten(0, 1), right.flatten(0, 1)
-    total, size = left.new_zeros(n * g), _block(t)
-    for a, b in itertools.combinations_with_replacement(range(0, t, size), 2):
-        one, two = slice(a, a + size), slice(b, b + size)
-        products = bmm(left[:, one], left[:, two].mT, "gram, left")
-        products *= bmm(right[:, one], right[:, two].mT, "gram, right")
-        total += products.sum((1, 2)) * (1 if a == b else 2)
-    return total.reshape(n, g).sum(1)
+    lefts, rights = (x.flatten(0, 1).split(_block(t), 1) for x in (left, right))
+    total = left.new_zeros(n * g)
+    for a, b in itertools.combinations_with_replacement(range(len(lefts)), 2):
+        products = bmm(lefts[a], lefts[b].mT, "gram, left")
+        products *= bmm(rights[a], rights[b].mT, "gram, right")
+        total.add_(products.sum((1, 2)), alpha=1 if a == b else 2)
+    return total if g == 1 else total.reshape(n, g).sum(1)
 
 
 def _block(t: int) -> int:

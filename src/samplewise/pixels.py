@@ -52,7 +52,7 @@ def patch_grams(input: Tensor, geometry: Geometry) -> Tensor:
     m, space = len(input), geometry.space
     grams = scratch("patch grams", (*space, *space, m), input).zero_()
     for phase in phases(geometry):
-        moved = samples_last(input[phase.pixels].flatten(2), "pixels").view(*phase.sizes, *phase.sizes, m)
+        moved = samples_last(input[phase.pixels].flatten(2)).view(*phase.sizes, *phase.sizes, m)
         for k, stage in enumerate(phase.stages, 1):
             last = k == len(phase.stages)
             into = grams if last else scratch(f"moved along {k}", (*stage.shape, m), input).zero_()
@@ -62,10 +62,10 @@ def patch_grams(input: Tensor, geometry: Geometry) -> Tensor:
     return grams.flatten(0, -2)
 
 
-def samples_last(x: Tensor, slot: str) -> Tensor:
-    """The Grams of the columns of `(m, c, t)`, as `(t * t, m)`."""
-    grams = bmm(x.mT, x, slot).flatten(1).mT
-    return scratch(f"{slot}, samples last", grams.shape, grams).copy_(grams)
+def samples_last(x: Tensor) -> Tensor:
+    """The Grams of the columns of `(m, c, t)`, as `(t * t, m)`, in memory that the next ones overwrite."""
+    grams = bmm(x.mT, x, "gram").flatten(1).mT
+    return scratch("gram, samples last", grams.shape, grams).copy_(grams)
 
 
 @functools.lru_cache(maxsize=4096)

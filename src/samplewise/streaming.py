@@ -10,7 +10,7 @@ from .factors import Factor
 from .quantities import Record, clipping_weights, dense_in, total_norms
 from .recording import Recording
 from .strategy import Strategy
-from .sums import Store, moved
+from .sums import Store
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -121,7 +121,7 @@ def clipped_grads(
     squares: dict[str, Tensor] = {}
 
     def consume(name: str, factor: Factor) -> None:
-        kept[name], squares[name] = moved(f"factor of {name}", factor), factor.sq_norms()
+        kept[name], squares[name] = factor, factor.sq_norms()
 
     chosen, store = Strategy.of(strategy, memory_budget), Store(reuse=True)
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen, store=store))

@@ -2,20 +2,15 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor
 
 from .buffers import scratch
-from .convolutional import Convolution
 from .factors import Dense, Factor, Pulled, Single
 from .outer import Outer, Rows
 from .strategy import current
-
-# In bytes: smaller pieces of memory are never given back to the system in between.
-_WORTH_MOVING = 2**20
 
 
 @dataclass(frozen=True)
@@ -133,25 +128,6 @@ class Store:
         like = next(x for x in vars(factor).values() if isinstance(x, Tensor))
         shape = (factor.n, *factor.shape)
         return Dense(factor.write(scratch(slot, shape, like)) if self.reuse else factor.to_dense())
-
-
-def moved(slot: str, factor: Factor) -> Factor:
-    """A factor whose gradients lie in memory that the next step overwrites.
-
-    Held as they came, they would take memory from the backward that it then has to get afresh, in every step: on a CPU that costs more
-    than copying them.
-    """
-    field = _GRADIENTS.get(type(factor))
-    if field is None or torch.is_grad_enabled():
-        return factor
-    held: Tensor = vars(factor)[field]
-    if held.device.type != "cpu" or held.nbytes < _WORTH_MOVING:
-        return factor
-    changes: dict[str, Any] = {field: scratch(slot, held.shape, held).copy_(held)}
-    return replace(factor, **changes)  # type: ignore[type-var]
-
-
-_GRADIENTS: dict[type[Factor], str] = {Outer: "left", Convolution: "grad"}
 
 
 def _join_outers(outers: list[Outer]) -> Outer:
