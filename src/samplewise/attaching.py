@@ -15,9 +15,10 @@ def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Buffers, and other tensors that modules hold: masks, tables, position ids."""
     for module in modules:
         yield from (x for x in module._buffers.values() if x is not None)  # noqa: SLF001
-        for key, value in vars(module).items():
-            if key not in _OF_EVERY_MODULE and isinstance(value, Tensor | tuple | list | dict):
-                yield from tensors_in(value)
+        own = vars(module)
+        for key in own.keys() - _OF_EVERY_MODULE:
+            if isinstance(own[key], Tensor | tuple | list | dict):
+                yield from tensors_in(own[key])
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
