@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import cells
 import compare
 import growth
+import limits
 import workloads
 from cells import MIB, Place, Question, first_line, memories
 from compare import Cell, judged, markdown, relative_error, rounds, spread, write
@@ -280,3 +281,25 @@ def test_growth_times():
     found = growth.times(sizes, Place(threads=1), repeats=1)
     assert found.keys() == growth.METHODS.keys()
     assert all(taken > 0 for taken in found.values())
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "gpt-tied"])
+def test_limits_have_all_parts(name: str, monkeypatch) -> None:
+    monkeypatch.setitem(cells.WORKLOADS, name, TINY[name])
+    title, ms, ratios = limits.measured(name, Place(threads=1), 1)
+    assert ms > 0
+    assert all(ratio > 0 for ratio in ratios.values())
+    assert limits.line(title, ms, ratios).count("|") == len(limits.COLUMNS) + 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_activations_alone_have_the_plain_losses_and_no_weight_gradients(name: str) -> None:
+    given = problem(name)
+    run = limits.to_activations(given)
+    run()
+    assert all(p.grad is None for p in given.model.parameters())
+    kept = limits.factors_of(SYSTEMS[OURS].prepare(given, NORMS))
+    assert set(kept) == {name for name, _ in given.model.named_parameters()}
+    weights = torch.ones(given.n)
+    sums = {name: factor.weighted_sum(weights) for name, factor in kept.items()}
+    assert relative_error(sums, SYSTEMS[PLAIN].methods[PLAIN](given)) < 1e-4

@@ -113,6 +113,23 @@ def test_the_budget_limits_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> No
         assert [row.algorithm for row in rec.coverage().rows].count(("store",)) == stored
 
 
+@pytest.mark.parametrize(("length", "algorithm"), [(1, ("gram", "rows")), (40, ("store",))])
+def test_a_tied_table_is_stored_where_that_takes_less_memory(length: int, algorithm: tuple[str, ...]) -> None:
+    """8 + 4 + 4 numbers and an index for each position, against 32 for each sample."""
+    table, head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+    head.weight = table.weight
+    model, ids = nn.Sequential(table, head).double(), torch.randint(0, 8, (3, length))
+    found = chosen(model, ids, memory_budget=0)["0.weight"]
+    assert sorted(found) == sorted(algorithm)
+    with sw.record(model) as rec:
+        rec.backward(losses(model, ids))
+    grads = rec.grads()["0.weight"]
+    sums, norms = sw.clipped_grads(model, losses, ids, max_grad_norm=0.5)
+    torch.testing.assert_close(norms, grads.flatten(1).norm(dim=1))
+    weights = (0.5 / norms).clamp(max=1)
+    torch.testing.assert_close(sums["0.weight"], torch.einsum("n,nvd->vd", weights, grads))
+
+
 # --- rates --------------------------------------------------------------------------------------------------------------------
 
 

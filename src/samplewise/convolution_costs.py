@@ -21,8 +21,9 @@ class Ways(NamedTuple):
     gram: bool
     # gradients by one convolution with the samples as groups, and not from patches
     folds: bool
-    # what those take for each sample, in bytes
-    bytes: int
+    # what patches take for each sample in bytes, where gradients are formed from them, and what the gradients take
+    patches: int
+    gradients: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -31,8 +32,8 @@ def ways(geometry: Geometry, itemsize: int, rate: Rates) -> Ways:
     fold, unfold = _fold_seconds(geometry, itemsize, rate), _unfold_seconds(geometry, itemsize, rate)
     folds = fold <= unfold + _multiply_seconds(geometry, rate)
     tile = min(fold, unfold + _multiply_seconds(geometry, rate))
-    gradients, patches = math.prod(geometry.shape) * itemsize, 0 if folds else _patches(geometry) * itemsize
-    return Ways(_gram_seconds(geometry, itemsize, rate) <= tile, folds, max(gradients, patches))
+    patches = 0 if folds else _patches(geometry) * itemsize
+    return Ways(_gram_seconds(geometry, itemsize, rate) <= tile, folds, patches, math.prod(geometry.shape) * itemsize)
 
 
 def is_pointwise(geometry: Geometry) -> bool:

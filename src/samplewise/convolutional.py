@@ -64,12 +64,17 @@ class Convolution(Factor):
     def write(self, out: Tensor) -> Tensor:
         if not self.n:
             return out
-        size, folds = chunk_size(self.ways.bytes, self.n), self.ways.folds
+        found, straight = self.ways, self._multiplies_into(out)
+        # what is written once needs no place in the cache
+        size, folds = chunk_size(found.patches if straight else max(found.patches, found.gradients), self.n), found.folds
         for rows, part in zip(out.split(size), self._parts(size), strict=True):
             if folds:
                 rows.copy_(part.folded())
+            elif straight:
+                part.unfolded(scratch).write(rows)
             else:
-                _write_products(part.unfolded(scratch), rows)
+                products = _transposed_products(part.unfolded(scratch)).mT
+                rows.copy_(products.reshape(rows.shape))
         return out
 
     def sq_norms(self) -> Tensor:
@@ -78,7 +83,8 @@ class Convolution(Factor):
         if self.algorithm == "gram":
             size = chunk_size(self.groups * math.prod(self.grad.shape[2:]) ** 2 * self.grad.element_size(), self.n)
             return _joined([part.gram_squares() for part in self._parts(size)])
-        return _joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.bytes, self.n))])
+        size = chunk_size(max(self.ways.patches, self.ways.gradients), self.n)
+        return _joined([part.tile_squares() for part in self._parts(size)])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scale = weights.to(self.grad.dtype).reshape(-1, *[1] * (self.grad.ndim - 1))
@@ -131,6 +137,10 @@ class Convolution(Factor):
         right = patches.reshape(self.n, self.groups, math.prod(self.shape[1:]), math.prod(self.grad.shape[2:])).mT
         return Outer(self._left(), right, self.shape)
 
+    def _multiplies_into(self, out: Tensor) -> bool:
+        """Whether products of output gradients and patches go straight into the result: BLAS wants an even side last."""
+        return not self.ways.folds and math.prod(self.shape[1:]) % LANES == 0 and out.is_contiguous()
+
     def _left(self) -> Tensor:
         """The output gradient as the left of outer products, `(n, g, t, o)`."""
         return self.grad.reshape(self.n, self.groups, self.shape[0] // self.groups, math.prod(self.grad.shape[2:])).mT
@@ -171,14 +181,6 @@ class Convolution(Factor):
 def _transposed_products(outer: Outer) -> Tensor:
     """`(n * g, i, o)`: BLAS is faster with the wider side first, and with the even one last."""
     return bmm(wide(outer.right).flatten(0, 1).mT, wide(outer.left).flatten(0, 1), "tile")
-
-
-def _write_products(outer: Outer, out: Tensor) -> None:
-    (n, g, _, o), i = outer.left.shape, outer.right.shape[-1]
-    if i % LANES and out.is_contiguous():
-        out.view(n * g, o, i).copy_(_transposed_products(outer).mT)
-    else:
-        outer.write(out)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

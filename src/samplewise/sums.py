@@ -27,6 +27,13 @@ class Sum(Factor):
     def n(self) -> int:
         return self.terms[0].n
 
+    @property
+    def algorithm(self) -> str:
+        outers = [term for term in self.terms if isinstance(term, Outer)]
+        if not outers or not all(isinstance(term, Outer | Rows) for term in self.terms):
+            return super().algorithm
+        return max(outers, key=lambda term: term.left.numel() * term.right.shape[-1]).algorithm
+
     def regroup(self, n: int) -> "Sum":
         return Sum(tuple(term.regroup(n) for term in self.terms))
 
@@ -115,8 +122,8 @@ class Store:
         name, budget = current().name, current().memory_budget
         if factor.algorithm not in {"gram", "tile"} or name not in {"auto", "store"}:
             return False
-        held = [x for x in vars(factor).values() if isinstance(x, Tensor)]
-        size = factor.n * factor.shape.numel() * held[0].element_size()
+        held = _held(factor)
+        size = factor.n * factor.shape.numel() * _first(held).element_size()
         lean = size <= sum(x.nbytes for x in held)
         # norms by tiles form the gradients anyway: kept, they need not be formed again for a weighted sum
         quick = factor.algorithm == "tile" and self.spent + size <= budget
@@ -125,9 +132,20 @@ class Store:
 
     def kept(self, slot: str, factor: Factor) -> Factor:
         """The gradients, as a factor."""
-        like = next(x for x in vars(factor).values() if isinstance(x, Tensor))
-        shape = (factor.n, *factor.shape)
+        like, shape = _first(_held(factor)), (factor.n, *factor.shape)
         return Dense(factor.write(scratch(slot, shape, like)) if self.reuse else factor.to_dense())
+
+
+def _held(factor: Factor) -> list[Tensor]:
+    """The tensors that a factor is made of."""
+    if isinstance(factor, Sum):
+        return [x for term in factor.terms for x in _held(term)]
+    return [x for x in vars(factor).values() if isinstance(x, Tensor)]
+
+
+def _first(held: Sequence[Tensor]) -> Tensor:
+    """One of the type that the gradients have, unlike indices."""
+    return next(x for x in held if x.dtype != torch.long)
 
 
 def _join_outers(outers: list[Outer]) -> Outer:

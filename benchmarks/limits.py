@@ -1,0 +1,121 @@
+"""Where the time of norms and clipped sums goes: what could not be saved by a faster recording, as ratios to the plain step.
+
+    python benchmarks/limits.py [--workloads cnn,resnet] [--repeats 15]
+
+Each round runs the plain step; the forward and the backward to the activations alone, with frozen parameters; the norms, and the clipped
+sum, of the factors of one recorded step, without recording it again; and the whole of both. "limit" is the second plus the third (or
+fourth): the kernels without the recording. It is a limit of these algorithms and kernels, not of the problem.
+"""
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from cells import Place, seconds
+from peers import CLIPPED, NORMS, OURS, PLAIN, SYSTEMS, Problem
+from samplewise.factors import Factor
+from samplewise.quantities import Record
+from samplewise.recording import Recording
+from samplewise.running import unrecorded
+from samplewise.streaming import _run
+from samplewise.sums import Store
+from workloads import WORKLOADS
+
+ACTIVATIONS, NORMS_ALONE, CLIPPED_ALONE = "activations alone", "norms alone", "clipped sum alone"
+COLUMNS = (ACTIVATIONS, NORMS_ALONE, "limit", NORMS, CLIPPED_ALONE, "limit", CLIPPED)
+
+
+def to_activations(problem: Problem) -> Callable[[], object]:
+    """The step without weight gradients: parameters are frozen, and the first layer's result asks for a gradient."""
+    model = copy.deepcopy(problem.model).requires_grad_(requires_grad=False)
+    first = next(module for module in model.modules() if any(True for _ in module.parameters(recurse=False)))
+    if first is model:
+        # parameters of its own beside layers
+        first = next(module for module in list(model.modules())[1:] if any(True for _ in module.parameters(recurse=False)))
+
+    def ask(_: nn.Module, __: object, out: Tensor) -> None:
+        out.requires_grad_()
+
+    first.register_forward_hook(ask)
+    frozen = replace(problem, model=model)
+    return lambda: frozen.total().backward()
+
+
+def factors_of(problem: Problem) -> dict[str, Factor]:
+    """The factors of all parameters, kept side by side."""
+    kept: dict[str, Factor] = {}
+    _run(Record(Recording(problem.model, consume=kept.__setitem__)), problem.loss_fn, problem.batch)
+    return kept
+
+
+def norms_alone(factors: dict[str, Factor]) -> None:
+    with unrecorded():
+        for factor in factors.values():
+            factor.sq_norms()
+
+
+def clipped_alone(factors: dict[str, Factor], weights: Tensor) -> None:
+    """Norms first and then sums, of gradients that are stored where `clipped_grads` stores them."""
+    store, kept = Store(reuse=True), dict(factors)
+    with unrecorded():
+        for name, factor in factors.items():
+            if store.worth(factor):
+                kept[name] = store.kept(f"gradients of {name}", factor)
+            kept[name].sq_norms()
+        for factor in kept.values():
+            factor.weighted_sum(weights)
+
+
+def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dict[str, float]]:
+    """The workload's name, the plain step in ms, and the ratio to it of each part: medians of interleaved rounds."""
+    problem = place.problem(workload, {})
+    ours, weights = SYSTEMS[OURS], SYSTEMS[OURS].methods[NORMS](problem).reciprocal()
+    problem = replace(problem, limit=1 / weights.median().item())
+    factors = factors_of(ours.prepare(problem, NORMS))
+    parts = {PLAIN: (SYSTEMS[PLAIN], PLAIN), NORMS: (ours, NORMS), CLIPPED: (ours, CLIPPED)}
+    ready = {name: system.prepare(problem, quantity) for name, (system, quantity) in parts.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda s=system, q=quantity, p=ready[name]: s.methods[q](p) for name, (system, quantity) in parts.items()
+    }
+    runs[ACTIVATIONS] = to_activations(problem)
+    runs[NORMS_ALONE], runs[CLIPPED_ALONE] = lambda: norms_alone(factors), lambda: clipped_alone(factors, weights)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(2 + repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run, place.device))
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(found[2:], times[PLAIN][2:], strict=True))
+        for name, found in times.items()
+    }
+    return problem.name, 1e3 * statistics.median(times[PLAIN][2:]), ratios
+
+
+def line(name: str, ms: float, ratios: dict[str, float]) -> str:
+    start = ratios[ACTIVATIONS]
+    norms, clipped = start + ratios[NORMS_ALONE], start + ratios[CLIPPED_ALONE]
+    shown = (start, ratios[NORMS_ALONE], norms, ratios[NORMS], ratios[CLIPPED_ALONE], clipped, ratios[CLIPPED])
+    return f"| {name} ({ms:.0f} ms) | {' | '.join(f'{value:.2f}' for value in shown)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workloads", default="mlp,cnn,resnet,gpt,vit,lstm")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    unknown = set(options.workloads.split(",")) - set(WORKLOADS)
+    if unknown:
+        parser.error(f"--workloads: no {', '.join(sorted(unknown))}; there are {', '.join(WORKLOADS)}")
+    place = Place(threads=options.threads)
+    place.enter()
+    print(f"{place.described()}\n\n| workload (plain step) | {' | '.join(COLUMNS)} |\n{'|---' * (1 + len(COLUMNS))}|")
+    for workload in options.workloads.split(","):
+        print(line(*measured(workload, place, options.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
