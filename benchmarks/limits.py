@@ -10,7 +10,6 @@ fourth): the kernels without the recording. It is a limit of these algorithms an
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -29,20 +28,17 @@ ACTIVATIONS, NORMS_ALONE, CLIPPED_ALONE = "activations alone", "norms alone", "c
 COLUMNS = (ACTIVATIONS, NORMS_ALONE, "limit", NORMS, CLIPPED_ALONE, "limit", CLIPPED)
 
 
-def to_activations(problem: Problem) -> Callable[[], object]:
+def frozen(problem: Problem) -> Problem:
     """The step without weight gradients: parameters are frozen, and the first layer's result asks for a gradient."""
     model = copy.deepcopy(problem.model).requires_grad_(requires_grad=False)
-    first = next(module for module in model.modules() if any(True for _ in module.parameters(recurse=False)))
-    if first is model:
-        # parameters of its own beside layers
-        first = next(module for module in list(model.modules())[1:] if any(True for _ in module.parameters(recurse=False)))
+    # not the model itself, which may have parameters of its own beside layers
+    first = next(module for module in list(model.modules())[1:] if list(module.parameters(recurse=False)))
 
     def ask(_: nn.Module, __: object, out: Tensor) -> None:
         out.requires_grad_()
 
     first.register_forward_hook(ask)
-    frozen = replace(problem, model=model)
-    return lambda: frozen.total().backward()
+    return replace(problem, model=model)
 
 
 def factors_of(problem: Problem) -> dict[str, Factor]:
@@ -78,10 +74,9 @@ def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dic
     factors = factors_of(ours.prepare(problem, NORMS))
     parts = {PLAIN: (SYSTEMS[PLAIN], PLAIN), NORMS: (ours, NORMS), CLIPPED: (ours, CLIPPED)}
     ready = {name: system.prepare(problem, quantity) for name, (system, quantity) in parts.items()}
-    runs: dict[str, Callable[[], object]] = {
-        name: lambda s=system, q=quantity, p=ready[name]: s.methods[q](p) for name, (system, quantity) in parts.items()
-    }
-    runs[ACTIVATIONS] = to_activations(problem)
+    runs = {name: lambda s=system, q=quantity, p=ready[name]: s.methods[q](p) for name, (system, quantity) in parts.items()}
+    without = frozen(problem)
+    runs[ACTIVATIONS] = lambda: without.total().backward()
     runs[NORMS_ALONE], runs[CLIPPED_ALONE] = lambda: norms_alone(factors), lambda: clipped_alone(factors, weights)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(2 + repeats):

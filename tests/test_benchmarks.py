@@ -293,11 +293,19 @@ def test_limits_have_all_parts(name: str, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_activations_alone_have_the_plain_losses_and_no_weight_gradients(name: str) -> None:
+def test_a_frozen_problem_has_the_plain_loss_and_a_backward_without_weight_gradients(name: str) -> None:
     given = problem(name)
-    run = limits.to_activations(given)
-    run()
-    assert all(p.grad is None for p in given.model.parameters())
+    frozen = limits.frozen(given)
+    total = frozen.total()
+    torch.testing.assert_close(total, given.total())
+    total.backward()
+    assert all(p.grad is None and not p.requires_grad for p in frozen.model.parameters())
+    assert all(p.requires_grad for p in given.model.parameters())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_factors_timed_alone_are_those_of_the_plain_step(name: str) -> None:
+    given = problem(name)
     kept = limits.factors_of(SYSTEMS[OURS].prepare(given, NORMS))
     assert set(kept) == {name for name, _ in given.model.named_parameters()}
     weights = torch.ones(given.n)

@@ -34,7 +34,7 @@ ALLOWED = {
     "pixels": {"buffers", "outer"},
     "convolution_costs": {"outer", "pixels", "strategy"},
     "convolutional": {"buffers", "convolution_costs", "factors", "outer", "pixels", "strategy"},
-    "sums": {"buffers", "convolutional", "factors", "outer", "strategy"},
+    "sums": {"buffers", "factors", "outer", "strategy"},
     "recurrence": {"registry", "running", "strategy"},
     "rules": {
         "axes",

@@ -25,15 +25,19 @@ class Ways(NamedTuple):
     patches: int
     gradients: int
 
+    @property
+    def tile(self) -> int:
+        """What has to find room in the cache for each sample, in bytes."""
+        return max(self.patches, self.gradients)
+
 
 @functools.lru_cache(maxsize=4096)
 def ways(geometry: Geometry, itemsize: int, rate: Rates) -> Ways:
     """The cheapest ways for tensors of some size of numbers, at the rates of their device."""
-    fold, unfold = _fold_seconds(geometry, itemsize, rate), _unfold_seconds(geometry, itemsize, rate)
-    folds = fold <= unfold + _multiply_seconds(geometry, rate)
-    tile = min(fold, unfold + _multiply_seconds(geometry, rate))
-    patches = 0 if folds else _patches(geometry) * itemsize
-    return Ways(_gram_seconds(geometry, itemsize, rate) <= tile, folds, patches, math.prod(geometry.shape) * itemsize)
+    fold = _fold_seconds(geometry, itemsize, rate)
+    products = _unfold_seconds(geometry, itemsize, rate) + _flops(geometry) / rate.product
+    folds, gram = fold <= products, _gram_seconds(geometry, itemsize, rate) <= min(fold, products)
+    return Ways(gram, folds, 0 if folds else _patches(geometry) * itemsize, math.prod(geometry.shape) * itemsize)
 
 
 def is_pointwise(geometry: Geometry) -> bool:
@@ -51,10 +55,6 @@ def _fold_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
 def _unfold_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
     """The patches written once and read once, with the strides of the copy."""
     return 0.0 if is_pointwise(geometry) else 4 * _patches(geometry) * itemsize / rate.memory
-
-
-def _multiply_seconds(geometry: Geometry, rate: Rates) -> float:
-    return _flops(geometry) / rate.product
 
 
 def _gram_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:

@@ -64,9 +64,9 @@ class Convolution(Factor):
     def write(self, out: Tensor) -> Tensor:
         if not self.n:
             return out
-        found, straight = self.ways, self._multiplies_into(out)
+        folds, straight = self.ways.folds, self._multiplies_into(out)
         # what is written once needs no place in the cache
-        size, folds = chunk_size(found.patches if straight else max(found.patches, found.gradients), self.n), found.folds
+        size = chunk_size(self.ways.patches if straight else self.ways.tile, self.n)
         for rows, part in zip(out.split(size), self._parts(size), strict=True):
             if folds:
                 rows.copy_(part.folded())
@@ -83,8 +83,7 @@ class Convolution(Factor):
         if self.algorithm == "gram":
             size = chunk_size(self.groups * math.prod(self.grad.shape[2:]) ** 2 * self.grad.element_size(), self.n)
             return _joined([part.gram_squares() for part in self._parts(size)])
-        size = chunk_size(max(self.ways.patches, self.ways.gradients), self.n)
-        return _joined([part.tile_squares() for part in self._parts(size)])
+        return _joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.tile, self.n))])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scale = weights.to(self.grad.dtype).reshape(-1, *[1] * (self.grad.ndim - 1))

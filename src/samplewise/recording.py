@@ -162,10 +162,8 @@ class Recording(TorchFunctionMode):
         kind, noted = self._kinds.get(tensor) or (self._first_seen(tensor), 0)
         if self._stale(tensor, noted):
             return Lost("an in-place op on a tensor that shares its memory")
-        if isinstance(kind, Axis):
-            # most tensors; what follows would hash it
-            return kind
-        if kind in {CONSTANT, DECLARED_CONSTANT} and tensor.requires_grad and tensor.grad_fn is not None:
+        # the kinds that are words are the two of constants
+        if isinstance(kind, str) and tensor.requires_grad and tensor.grad_fn is not None:
             return self._of_history(tensor)
         return CONSTANT if isinstance(kind, Shared) and not tensor.requires_grad else kind
 

@@ -133,7 +133,7 @@ class Store:
     def kept(self, slot: str, factor: Factor) -> Factor:
         """The gradients, as a factor."""
         like, shape = _first(_held(factor)), (factor.n, *factor.shape)
-        return Dense(factor.write(scratch(slot, shape, like)) if self.reuse else factor.to_dense())
+        return Dense(factor.write(scratch(slot, shape, like) if self.reuse else like.new_empty(shape)))
 
 
 def _held(factor: Factor) -> list[Tensor]:
