@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from samplewise.convolutional import Convolution
 from samplewise.factors import Dense, Diagonal, Factor, Pulled
+from samplewise.joined import Joined
 from samplewise.outer import Outer, Rows
 from samplewise.pixels import Geometry, patch_grams
 from samplewise.strategy import Strategy, using
@@ -277,6 +278,30 @@ def test_chunks_do_not_change_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samplewise.factors._CHUNK_BYTES", 1)
     for name, factor in wanted.items():
         torch.testing.assert_close(factor.sq_norms(), norms[name])
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_small_gradients_side_by_side(n: int) -> None:
+    """Of several types, shapes and none; what is large, structured or complex stays by itself."""
+    small = {"a": x(n, 3), "b": x(n, 2, 1, 2), "scalar": x(n), "single": x(n, 5, dtype=torch.float32)}
+    others = {"large": Dense(x(4, 5000)), "rows": rows(2)(n), "complex": Dense(x(n, 3).to(torch.complex128))}
+    joined, rest = Joined.split({**{name: Dense(grad) for name, grad in small.items()}, **others})
+    assert rest == others
+    weights, flat_rows = x(n), {name: grad.reshape(n, grad[:0].shape[1:].numel()) for name, grad in small.items()}
+    torch.testing.assert_close(
+        torch.stack([part.double() for part in joined.sq_norms()]).sum(0),
+        sum(grad.double().square().sum(1) for grad in flat_rows.values()),
+    )
+    sums = joined.weighted_sums(weights)
+    assert sums.keys() == small.keys()
+    for name, grad in small.items():
+        wanted = (weights.to(grad.dtype) @ flat_rows[name]).reshape(grad.shape[1:])
+        torch.testing.assert_close(sums[name], wanted)
+
+
+def test_nothing_side_by_side() -> None:
+    joined, rest = Joined.split({})
+    assert (joined.sq_norms(), joined.weighted_sums(x(3)), rest) == ([], {}, {})
 
 
 def test_factors_are_frozen() -> None:

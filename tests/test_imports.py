@@ -30,6 +30,7 @@ ALLOWED = {
     "strategy": set(),
     "buffers": set(),
     "factors": set(),
+    "joined": {"factors"},
     "outer": {"buffers", "factors", "strategy"},
     "pixels": {"buffers", "outer"},
     "convolution_costs": {"outer", "pixels", "strategy"},

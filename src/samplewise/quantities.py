@@ -12,6 +12,7 @@ from .axes import Axis, Lost
 from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
 from .factors import Dense, Factor, wide
+from .joined import Joined
 from .projections import GaussianProjection
 from .recording import DECLARED_CONSTANT, Recording
 from .running import unrecorded
@@ -152,10 +153,12 @@ class Record:
         if by not in {None, "parameter"}:
             raise ValueError(f"norms: by is None or 'parameter', got {by!r}")
         with self._recording.aside():
-            squares = {name: factor.sq_norms() for name, factor in self.factors().items()}
             if by is None:
-                return total_norms(squares, self._n(), self._like())
-            return {name: root(squares[name]) if name in squares else self._zeros() for name in self._recording.parameters}
+                small, others = Joined.split(self.factors())
+                squares = [factor.sq_norms() for factor in others.values()]
+                return total_norms([*squares, *small.sq_norms()], self._n(), self._like())
+            by_name = {name: root(factor.sq_norms()) for name, factor in self.factors().items()}
+            return {name: by_name[name] if name in by_name else self._zeros() for name in self._recording.parameters}
 
     def weighted_sum(self, weights: Tensor, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """`sum_n weights[n] grad[n]`, as `{name: shape}`; `weights` is `(n,)`.
@@ -173,7 +176,9 @@ class Record:
                 raise ValueError(
                     f"weighted_sum: expected weights of shape ({self._n()},), one per sample, got {tuple(weights.shape)}"
                 )
-            return self._filled({name: factor.weighted_sum(weights) for name, factor in self.factors().items()}, out)
+            small, others = Joined.split(self.factors())
+            sums = {name: factor.weighted_sum(weights) for name, factor in others.items()}
+            return self._filled({**sums, **small.weighted_sums(weights)}, out)
 
     def clipped_sum(self, max_grad_norm: float, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The sum of gradients clipped to a norm: weights `min(1, max_grad_norm / norms[n])` (Abadi et al. 2016, arXiv:1607.00133).
@@ -373,9 +378,9 @@ def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
     return max_grad_norm / norms.clamp_min(max_grad_norm)
 
 
-def total_norms(squares: Mapping[str, Tensor], n: int, like: Tensor) -> Tensor:
-    """The norm over all parameters from the squared norms of each."""
-    return root(_total(list(squares.values()), Dense(like.new_zeros(n, 1)).sq_norms()))
+def total_norms(squares: list[Tensor], n: int, like: Tensor) -> Tensor:
+    """The norm over all parameters from the squared norms of some of them at a time."""
+    return root(_total(squares, Dense(like.new_zeros(n, 1)).sq_norms()))
 
 
 def root(squares: Tensor) -> Tensor:

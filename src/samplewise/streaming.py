@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .factors import Factor
+from .joined import Joined
 from .quantities import Record, clipping_weights, dense_in, total_norms
 from .recording import Recording
 from .strategy import Strategy
@@ -80,15 +81,17 @@ def per_sample_norms(
         >>> per_sample_norms(model, lambda m, x: m(x).square().sum(1), x).shape
         torch.Size([4])
     """
-    squares: dict[str, Tensor] = {}
+    small, squares = Joined(), list[Tensor]()
 
     def consume(name: str, factor: Factor) -> None:
-        squares[name] = factor.sq_norms()
+        if not small.take(name, factor):
+            squares.append(factor.sq_norms())
 
     chosen = Strategy.of(strategy, None)
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen))
     _run(rec, loss_fn, batch)
-    return total_norms(squares, rec._n(), rec._like())  # noqa: SLF001
+    with rec._recording.aside():  # noqa: SLF001
+        return total_norms([*squares, *small.sq_norms()], rec._n(), rec._like())  # noqa: SLF001
 
 
 def clipped_grads(
@@ -117,19 +120,21 @@ def clipped_grads(
         >>> sums, norms = clipped_grads(model, lambda m, x: m(x).square().sum(1), x, max_grad_norm=1.0)
     """
     clipping_weights(torch.zeros(0), max_grad_norm)
-    kept: dict[str, Factor] = {}
-    squares: dict[str, Tensor] = {}
+    kept, small, squares = dict[str, Factor](), Joined(), list[Tensor]()
 
     def consume(name: str, factor: Factor) -> None:
-        kept[name], squares[name] = factor, factor.sq_norms()
+        if not small.take(name, factor):
+            kept[name] = factor
+            squares.append(factor.sq_norms())
 
     chosen, store = Strategy.of(strategy, memory_budget), Store(reuse=True)
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen, store=store))
     _run(rec, loss_fn, batch)
     rec._check_out("clipped_grads", out)  # noqa: SLF001
-    norms = total_norms(squares, rec._n(), rec._like())  # noqa: SLF001
-    weights, sums = clipping_weights(norms, max_grad_norm), dict[str, Tensor]()
     with rec._recording.aside():  # noqa: SLF001
+        norms = total_norms([*squares, *small.sq_norms()], rec._n(), rec._like())  # noqa: SLF001
+        weights = clipping_weights(norms, max_grad_norm)
+        sums = small.weighted_sums(weights)
         while kept:
             name, factor = kept.popitem()
             sums[name] = factor.weighted_sum(weights)

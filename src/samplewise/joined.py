@@ -1,0 +1,49 @@
+"""Small gradients of many parameters, side by side: a call for each of them would cost more than their arithmetic."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .factors import Dense, Factor, flat, squares
+
+# In elements; beyond it a call's own cost does not count.
+_SMALL = 2**14
+
+
+class Joined:
+    """Dense factors, in one tensor `(n, all their elements)` for each device and type."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    @staticmethod
+    def split(factors: Mapping[str, Factor]) -> tuple["Joined", dict[str, Factor]]:
+        """The small ones, and the others."""
+        joined = Joined()
+        return joined, {name: factor for name, factor in factors.items() if not joined.take(name, factor)}
+
+    def take(self, name: str, factor: Factor) -> bool:
+        """Take the factor of a parameter, if it is a small one."""
+        if not isinstance(factor, Dense) or factor.grad.numel() > _SMALL or not factor.grad.is_floating_point():
+            return False
+        self._groups.setdefault((factor.grad.device, factor.grad.dtype), {})[name] = factor.grad
+        return True
+
+    def sq_norms(self) -> list[Tensor]:
+        """Squared norms over all parameters of a group, `(n,)` each."""
+        return [squares(_side_by_side(group)) for group in self._groups.values()]
+
+    def weighted_sums(self, weights: Tensor) -> dict[str, Tensor]:
+        """`sum_n weights[n] grad[n]` for each parameter, of its shape: parts of one tensor."""
+        sums: dict[str, Tensor] = {}
+        for (_, dtype), group in self._groups.items():
+            total = weights.to(dtype) @ _side_by_side(group)
+            parts = total.split([grad.shape[1:].numel() for grad in group.values()])
+            sums |= {name: part.view(grad.shape[1:]) for (name, grad), part in zip(group.items(), parts, strict=True)}
+        return sums
+
+
+def _side_by_side(group: Mapping[str, Tensor]) -> Tensor:
+    rows = [flat(grad) for grad in group.values()]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
