@@ -15,12 +15,12 @@ def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Buffers, and other tensors that modules hold: masks, tables, position ids."""
     for module in modules:
         yield from (x for x in module._buffers.values() if x is not None)  # noqa: SLF001
-        own = vars(module)
-        for key in own.keys() - _OF_EVERY_MODULE:
-            if isinstance(own[key], Tensor | tuple | list | dict):
-                yield from tensors_in(own[key])
+        for key, value in vars(module).items():
+            if key not in _OF_EVERY_MODULE and isinstance(value, _HOLDERS):
+                yield from tensors_in(value)
 
 
+_HOLDERS = (Tensor, tuple, list, dict)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -46,8 +46,8 @@ def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
 
 def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
     """A hook would change an ordinary gradient, which does not exist here."""
-    hooks = (parameter._backward_hooks or {}).values()  # noqa: SLF001
-    if any(not (getattr(hook, "__module__", None) or "").startswith(f"{__package__}.") for hook in hooks):
+    hooks = parameter._backward_hooks  # noqa: SLF001
+    if hooks and any(not (getattr(hook, "__module__", None) or "").startswith(f"{__package__}.") for hook in hooks.values()):
         raise UnsupportedOpError(
             f"{name}: has a hook on its gradient, which per-sample gradients would not pass through. Remove it for the recording, and "
             "apply to the results what it does."

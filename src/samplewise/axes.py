@@ -131,9 +131,6 @@ class Axis:
         """
         if self.dim:
             x = x.movedim(self.dim, 0)
-        if x.is_meta and self.ragged is not None:
-            # a stand-in, of which a rule uses the shape at most
-            return x.new_empty(n * max(map(self.ragged.count, range(n)), default=0), *x.shape[1:])
         if self.ragged is not None:
             return self._padded(x, n)
         if self.outer == 1 or not x.shape[0]:
@@ -142,6 +139,9 @@ class Axis:
         return grouped.transpose(0, 1).flatten(0, 2)
 
     def _padded(self, x: Tensor, n: int) -> Tensor:
+        if x.is_meta:
+            # a stand-in, of which a rule uses the shape at most
+            return x.new_empty(n * max(map((self.ragged or ()).count, range(n)), default=0), *x.shape[1:])
         owners = self.owners(n).to(x.device)
         counts = torch.bincount(owners, minlength=n)
         longest = int(counts.max()) if n else 0

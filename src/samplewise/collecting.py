@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ class Shared:
     unexpanded: Tensor | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One use of a shared tensor, at the point of its history where it was used."""
 
     names: frozenset[str]
@@ -110,9 +109,8 @@ class Arrived:
     # what the factors hold, with the versions it had
     held: list[tuple[Tensor, int]] = field(default_factory=list)
 
-    def add(self, factor: Factor) -> None:
-        """Take one more."""
-        self.factors.append(factor)
+    def hold(self, factor: Factor) -> None:
+        """Remember the versions of what a factor is made of, because it is kept."""
         self.held += [(x, x._version) for x in vars(factor).values() if isinstance(x, Tensor)]  # noqa: SLF001
 
     @property
@@ -173,22 +171,25 @@ class Collector:
         if self.consume is None:
             for use in uses:
                 use.structure, use.algorithm = type(factor).__name__, factor.algorithm
-        arrived = self._arrived.get(source.key)
+        key = source.key
+        arrived = self._arrived.get(key)
         if arrived is None:
-            arrived = self._arrived[source.key] = Arrived(source)
-        arrived.add(factor)
-        if source.edge is None:
-            (name,) = source.names
-            if len(arrived.factors) == self._expected.get(name):
-                self._complete(name, arrived)
+            arrived = self._arrived[key] = Arrived(source)
+        arrived.factors.append(factor)
+        last = source.edge is None and len(arrived.factors) == self._expected.get(next(iter(source.names)))
+        if self.consume is None or not last:
+            arrived.hold(factor)
+        if last:
+            self._complete(next(iter(source.names)), arrived)
 
     def _complete(self, name: str, arrived: Arrived) -> None:
         """A parameter's last use has arrived."""
         factor = add(arrived.factors)
         if self.store is not None and not self.create_graph and self.store.worth(factor):
             factor = self.store.kept(f"gradients of {name}", factor)
-            self._arrived[arrived.source.key] = fresh = Arrived(arrived.source)
-            fresh.add(factor)
+            arrived = Arrived(arrived.source, [factor])
+            arrived.hold(factor)
+            self._arrived[arrived.source.key] = arrived
             for use in self.uses if self.consume is None else ():
                 if use.parameter == name:
                     use.algorithm = "store"

@@ -157,10 +157,11 @@ class Slot:
     def filled(self, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Tensor:
         """The tensor as the rule sees it."""
         tensor = saved[self.place] if isinstance(self.place, int) else self.place
-        if tensor.is_floating_point():
+        own = tensor.dtype
+        if own is not dtype and own.is_floating_point:
             # under autocast an op computes in another type than its arguments have
             tensor = tensor.to(dtype)
-        if tensor.is_complex():
+        if own.is_complex:
             # gradients are products with the conjugates of the other operands (the convention of torch.autograd)
             tensor = tensor.conj()
         return tensor if self.axis is None else self.axis.rows(tensor, n)
@@ -283,6 +284,7 @@ class Meeting:
     """What was decided of a call by a rule, for all calls like it: with tensors and plain values, given by position."""
 
     rule: Rule
+    n: int
     # the arguments that are parameters, by name and position
     shared: tuple[tuple[str, int], ...]
     # the positions of the arguments that are saved; after them come the statistics that the rule keeps
@@ -297,15 +299,15 @@ class Meeting:
 _MEETINGS: dict[Hashable, Meeting] = {}
 
 
-def meeting_before(recording: Recorder, op: Operation, args: tuple[Any, ...], n: int) -> Meeting | None:
-    """What was decided of a call like this one."""
-    plain = op.name in RULES and n > 1 and torch.is_grad_enabled() and not recording.create_graph
-    key = key_of_meeting(op.name, n, args, recording.kind, recording.sources) if plain else None
-    found = None if key is None else _MEETINGS.get(key)
+def meeting_before(recording: Recorder, op: Operation, args: tuple[Any, ...], n: int | None) -> Meeting | None:
+    """What was decided of a call like this one, of an op with a rule."""
+    if n is None or n <= 1 or recording.create_graph or not torch.is_grad_enabled():
+        return None
+    found = _MEETINGS.get(key_of_meeting(op.name, n, args, recording.kind, recording.sources))
     return found if found is not None and found.rule is RULES[op.name] else None
 
 
-def meet_again(recording: Recorder, func: Function, op: Operation, meeting: Meeting, args: tuple[Any, ...], n: int) -> Any:
+def meet_again(recording: Recorder, func: Function, op: Operation, meeting: Meeting, args: tuple[Any, ...]) -> Any:
     """Run a call whose like was decided before."""
     values, rule = list(args), meeting.rule
     for _, k in meeting.shared:
@@ -314,7 +316,9 @@ def meet_again(recording: Recorder, func: Function, op: Operation, meeting: Meet
     plain = {name: args[k] for name, k in meeting.plain}
     saved = [*(values[k] for k in meeting.saved), *statistics[: meeting.statistics]]
     sources = [(name, None, recording.sources[id(args[k])]) for name, k in meeting.shared]
-    return _tapped(recording, op.name, n, rule, plain, meeting.slots, saved, sources, [_no_view(out)], [meeting.place])[0]
+    return _tapped(recording, op.name, meeting.n, rule, plain, meeting.slots, saved, sources, [_no_view(out)], [meeting.place])[
+        0
+    ]
 
 
 def _remember(
@@ -340,7 +344,7 @@ def _remember(
     if len(_MEETINGS) >= _MOST_MEETINGS:
         _MEETINGS.clear()
     shared, plain = [(name, where[name]) for name, *_ in sources], [(name, k) for name, k in where.items() if name not in held]
-    _MEETINGS[key] = Meeting(rule, tuple(shared), tuple(k for _, k in own), kept, tuple(plain), held, place)
+    _MEETINGS[key] = Meeting(rule, call.n, tuple(shared), tuple(k for _, k in own), kept, tuple(plain), held, place)
 
 
 def _held(

@@ -25,7 +25,7 @@ from .factors import Factor
 from .mixing import meet_again, meeting_before, mix
 from .notes import Notes
 from .ownership import of_base, written
-from .registry import EXPANSIONS, Operation, operation
+from .registry import EXPANSIONS, RULES, Operation, operation
 from .remembered import CONSTANT, key_of, recall, remember
 from .running import accumulates, in_backward, in_transform, modes, unrecorded, unwrapped
 from .sample_axis import EXPANDS, KEEPS, MOVES, TURNS, follow, refuse_mixing
@@ -100,8 +100,7 @@ class Recording(TorchFunctionMode):
             )
         modules = dict(self.model.named_modules())
         refuse_unrecordable(modules)
-        self._modules = list(modules.values())
-        self._names_of = {id(p): name for name, p in self.parameters.items()}
+        self._modules, self._names_of = list(modules.values()), {id(p): name for name, p in self.parameters.items()}
         for parameter in itertools.islice(self.parameters.values(), 1):
             prepare(parameter)
         for tensor in held_tensors(self._modules):
@@ -147,9 +146,8 @@ class Recording(TorchFunctionMode):
         self.declare(tensor, kind)
 
     def _stale(self, tensor: Tensor, noted: int) -> bool:
-        if not self._changed or tensor.layout != torch.strided:
-            return False
-        changed = self._changed.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        strided = tensor.layout == torch.strided
+        changed = self._changed.get(tensor.untyped_storage()._cdata) if strided else None  # noqa: SLF001
         return changed is not None and changed[1] > noted
 
     def where(self, tensor: Tensor) -> Where | None:
@@ -160,8 +158,10 @@ class Recording(TorchFunctionMode):
     def kind(self, tensor: Tensor) -> Kind:
         """What a tensor is: placed, lost, shared or constant."""
         kind, noted = self._kinds.get(tensor) or (self._first_seen(tensor), 0)
-        if self._stale(tensor, noted):
+        if self._changed and self._stale(tensor, noted):
             return Lost("an in-place op on a tensor that shares its memory")
+        if type(kind) is Axis:
+            return kind
         # the kinds that are words are the two of constants
         if isinstance(kind, str) and tensor.requires_grad and tensor.grad_fn is not None:
             return self._of_history(tensor)
@@ -243,6 +243,9 @@ class Recording(TorchFunctionMode):
         if in_transform():
             self._refuse_transform(op, args, kwargs)
             return func(*args, **kwargs)
+        meeting = None if kwargs or op.name not in RULES else meeting_before(self, op, args, self.n)
+        if meeting is not None:
+            return meet_again(self, func, op, meeting, args)
         # a function that comes back to itself checks for overrides in a way of its own: it runs as one op
         plain = op.inplace or (func, torch._C._current_graph_task_id()) in self._sources  # noqa: SLF001
         inner = None if plain else EXPANSIONS.get(op.name, op.source)
@@ -336,14 +339,9 @@ class Recording(TorchFunctionMode):
                 if self._kinds.get(x) is None:
                     self.declare(x, kind)  # type: ignore[arg-type]
             return out
-        if op.inplace:
-            # `relu_` and its like: every entry stays where it is
-            alone = op.name in KEEPS and len(args) == 1 and not kwargs
-            return func(*args) if alone and type(self.kind(args[0])) is Axis else NotImplemented
-        if key is not None or kwargs or self.n is None:
-            return NotImplemented
-        meeting = meeting_before(self, op, args, self.n)
-        return NotImplemented if meeting is None else meet_again(self, func, op, meeting, args, self.n)
+        # `relu_` and its like: every entry stays where it is
+        alone = op.inplace and op.name in KEEPS and len(args) == 1 and not kwargs
+        return func(*args) if alone and type(self.kind(args[0])) is Axis else NotImplemented
 
     def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
         """Note what the results, or the targets of an in-place op, are now."""

@@ -35,23 +35,35 @@ def key_of_meeting(
     name: str, n: int, args: Sequence[Any], kind: Callable[[Tensor], object], parameters: Container[int]
 ) -> Hashable | None:
     """All that decides how parameters themselves (by id) meet samples in a call, or None where more does."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    parts: list[Any] = [name, n, bool(tensors) and torch.is_autocast_enabled(tensors[0].device.type)]
-    # none of them inside a list
-    return tuple(parts) if _describe(args, kind, parts, parameters) == len(tensors) > 1 else None
+    parts: list[Any] = [name, n]
+    count = 0
+    for value in args:
+        if isinstance(value, Tensor):
+            what = _plain_kind(value, kind(value), parameters)
+            if what is None:
+                return None
+            if not count:
+                parts.append(torch.is_autocast_enabled(value.device.type))
+            parts += (what, value.shape, value.stride(), value.dtype)
+            count += 1
+        elif type(value) in _PLAIN:
+            parts.append(value)
+        elif isinstance(value, tuple | list) and _PLAIN.issuperset(map(type, value)):
+            parts.append(tuple(value))
+        else:
+            return None
+    return tuple(parts) if count > 1 else None
 
 
-def _describe(
-    values: Sequence[Any], kind: Callable[[Tensor], object], parts: list[Any], parameters: Container[int] | None = None
-) -> int:
+def _describe(values: Sequence[Any], kind: Callable[[Tensor], object], parts: list[Any]) -> int:
     """Append what is to know of some arguments; the number of tensors among them, negative where more is needed."""
     count = 0
     for value in values:
         if isinstance(value, Tensor):
-            what = _plain_kind(value, kind(value), parameters)
+            what = _plain_kind(value, kind(value), ())
             if what is None:
                 return -1
-            parts += (what, value.shape) if parameters is None else (what, value.shape, value.stride(), value.dtype)
+            parts += (what, value.shape)
             count += 1
         elif type(value) in _PLAIN:
             parts.append(value)
@@ -67,12 +79,12 @@ def _describe(
     return count
 
 
-def _plain_kind(value: Tensor, kind: object, parameters: Container[int] | None) -> object:
+def _plain_kind(value: Tensor, kind: object, parameters: Container[int]) -> object:
     """A kind that says all there is to know: a plain pattern of samples, a constant, one of the parameters; else None."""
     if isinstance(kind, Axis):
         return kind if kind.ragged is None and kind.chosen is None else None
     if isinstance(kind, Shared):
-        return Shared if parameters is not None and id(value) in parameters else None
+        return Shared if id(value) in parameters else None
     return kind if kind == CONSTANT else None
 
 

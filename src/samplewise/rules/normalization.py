@@ -1,5 +1,6 @@
 """Normalisation layers: scale and shift after statistics that belong to one sample, or to the past (batch norm in evaluation)."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -96,21 +97,20 @@ def group_norm(
     statistics: Sequence[Tensor] = (),
 ) -> dict[str, object]:
     # out[n,c,t] = weight[c] x[n,c,t] + bias[c], x standardised over t and the channels of a group
-    if not statistics:
+    if not statistics or statistics[0].is_meta:
         return _channels(grad, lambda: torch.group_norm(input, num_groups, eps=eps))
-
     # the op's own backward, for one image with the channels of all samples
     n, c, t = grad.shape[0], grad.shape[1], math.prod(grad.shape[2:])
     mean, rstd = (x.reshape(1, n * num_groups) for x in statistics)
     one, x, g = mean.new_ones(n * c), input.reshape(1, n * c, t), grad.reshape(1, n * c, t)
+    sizes = (1, n * c, t, n * num_groups)
 
-    def over_space() -> Tensor:
-        weight_grad = torch.ops.aten.native_group_norm_backward(
-            g, x, mean, rstd, one, 1, n * c, t, n * num_groups, [False, True, False]
-        )[1]
-        return weight_grad.reshape(n, c)  # type: ignore[no-any-return]
+    @functools.cache
+    def both() -> Sequence[Tensor]:
+        _, *sums = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, one, *sizes, [False, True, True])
+        return [total.reshape(n, c) for total in sums]
 
-    return {"weight": lambda: Dense(over_space()), "bias": lambda: Dense(_over_space(grad))}
+    return {"weight": lambda: Dense(both()[0]), "bias": lambda: Dense(both()[1])}
 
 
 def _keeps_statistics(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
