@@ -1,7 +1,11 @@
 """The choice of algorithms: any choice gives the same numbers, and costs decide by shapes, budget and measured rates."""
 
+import ctypes
 import gc
 import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -202,6 +206,39 @@ def test_buffers_are_reused_and_can_be_given_back() -> None:
         assert len({x.data_ptr() for x in (first, other, wider)}) == 3
         sw.release_buffers()
         assert not buffers._slots().held
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="other allocators have rules of their own"
+)
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """glibc maps a first block of 24 MiB by itself, to be given back when it is freed, unless it has seen a larger one."""
+    code = """
+import ctypes, sys, torch
+from samplewise.buffers import keep_freed_memory
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+info = ctypes.CDLL(None).mallinfo2
+info.restype = Info
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+before = info().hblkhd
+block = torch.empty(6 * 2**20)
+print(info().hblkhd - before)
+"""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))
+    }
+    alone, kept = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, how], env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("alone", "kept")
+    )
+    assert alone > 24 * 2**20 - 1
+    assert kept == 0
 
 
 def test_no_buffer_is_shared_with_a_graph_or_a_trace() -> None:

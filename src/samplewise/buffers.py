@@ -1,5 +1,6 @@
 """Memory for intermediate results, kept from step to step: fresh memory costs page faults (2 GB/s on a CPU instead of 10-30)."""
 
+import functools
 import math
 import threading
 import weakref
@@ -45,6 +46,16 @@ def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
         with torch.inference_mode(mode=False):
             held = slots[key] = torch.empty(size, dtype=like.dtype, device=like.device)
     return held[:size].view(*shape)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MiB of what a step frees for the next one, instead of giving it back to the system; said once.
+
+    glibc learns from what is freed: after a block of almost 32 MiB, the largest it learns from, it maps only larger ones anew, and trims
+    the heap where twice that is free. The block itself is never touched. Other allocators make nothing of it.
+    """
+    torch.empty(2**25 - 2**13, dtype=torch.uint8)
 
 
 def release_buffers() -> None:

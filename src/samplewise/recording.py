@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from .attaching import Entrance, common_size, held_tensors, is_packed, packed_owners, refuse_hooks, refuse_unrecordable
 from .axes import Axis, Call, Lost, Where, tensors_in
+from .buffers import keep_freed_memory
 from .collecting import Collector, Shared, Source, leaves_of
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 from .factors import Factor
@@ -101,6 +102,7 @@ class Recording(TorchFunctionMode):
         modules = dict(self.model.named_modules())
         refuse_unrecordable(modules)
         self._modules, self._names_of = list(modules.values()), {id(p): name for name, p in self.parameters.items()}
+        keep_freed_memory()
         for parameter in itertools.islice(self.parameters.values(), 1):
             prepare(parameter)
         for tensor in held_tensors(self._modules):
