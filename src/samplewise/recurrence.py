@@ -16,10 +16,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .registry import opaque
 from .running import modes, unrecorded
-from .strategy import has_onednn, onednn_linear, rates
+from .strategy import RepeatedProduct
 
-# In flop: below it the call itself costs more than the product.
-_SMALL_PRODUCT = 4e6
 # Everything that the steps leave behind for the backward, the states h `(t + 1, n, h)` first.
 Memory = tuple[Tensor, ...]
 
@@ -47,6 +45,11 @@ class Order:
         if self.backwards:
             return [(k, k + 1, k) for k in reversed(range(self.length))]
         return [(k, k, k + 1) for k in range(self.length)]
+
+    def back(self) -> list[tuple[int, int | None]]:
+        """(step, the one before it), from the last to the first."""
+        steps = [k for k, *_ in reversed(self.steps())]
+        return list(zip(steps, [*steps[1:], None], strict=True))
 
     def before(self, states: Tensor) -> Tensor:
         """The state before each step, of `(t + 1, ...)` states."""
@@ -139,7 +142,7 @@ class _Scan(torch.autograd.Function):
         mask = memory.pop(0) if ctx.masked else None
         # the recording is active in the backward too, for checkpoints
         with unrecorded():
-            d_h = torch.zeros_like(ctx.order.after(memory[0])) if d_h is None else d_h
+            d_h = torch.zeros_like(ctx.order.after(memory[0])) if d_h is None else d_h.contiguous()
             d_x, d_products, d_states = ctx.cell.back(memory, w, d_h, d_c, mask, ctx.order)
         return None, None, None, None, d_x, d_products, None, *d_states, *[None] * len(memory)
 
@@ -148,19 +151,18 @@ class _Scan(torch.autograd.Function):
 
 
 def _run_lstm(x: Tensor, states: Sequence[Tensor], w: Tensor, b: Tensor | None, mask: Tensor | None, order: Order) -> Memory:
-    x = x if b is None else x + b
     hs, cs = (order.begun(state) for state in states)
     size = w.shape[1]
     gates, tanh_cs = torch.empty_like(x), torch.empty_like(order.after(cs))
-    h, c, tanh_c, times_w = hs.unbind(), cs.unbind(), tanh_cs.unbind(), _multiplier(w, len(hs[0]))
-    inputs, all_gates, candidate = x.unbind(), gates.unbind(), gates[..., 2 * size : 3 * size].unbind()
-    opening, i, f, o = gates[..., : 2 * size].unbind(), *(gates[..., k * size : (k + 1) * size].unbind() for k in (0, 1, 3))
+    h, c, tanh_c, product = hs.unbind(), cs.unbind(), tanh_cs.unbind(), RepeatedProduct(w, len(hs[0]), b)
+    inputs, all_gates = x.unbind(), gates.unbind()
+    i, f, g, o = (gates[..., k * size : (k + 1) * size].unbind() for k in range(4))
     for k, before, after in order.steps():
-        torch.add(inputs[k], times_w(h[before]), out=all_gates[k])
-        opening[k].sigmoid_()
-        candidate[k].tanh_()
-        o[k].sigmoid_()
-        torch.mul(f[k], c[before], out=c[after]).addcmul_(i[k], candidate[k])
+        total = product.plus(h[before], inputs[k])
+        # of all four at once, and then the candidate again
+        torch.sigmoid(total, out=all_gates[k])
+        torch.tanh(total[:, 2 * size : 3 * size], out=g[k])
+        torch.mul(f[k], c[before], out=c[after]).addcmul_(i[k], g[k])
         _stand_still(c, k, before, after, mask)
         torch.tanh(c[after], out=tanh_c[k])
         torch.mul(o[k], tanh_c[k], out=h[after])
@@ -182,15 +184,14 @@ def _back_lstm(
     d_gates = torch.empty_like(gates)
     by_gate = d_gates.view_as(slopes)
     first, first_slopes, last, last_slopes = by_gate[:, :, :3], slopes[:, :, :3], by_gate[:, :, 3], slopes[:, :, 3]
-    d_h, d_c = torch.zeros_like(tanh_c[0]), torch.zeros_like(tanh_c[0]) if d_c is None else d_c.clone()
-    times_w = _multiplier(w.t(), len(d_h))
-    for k, _, _ in reversed(order.steps()):
-        d_h = d_h + d_hs[k]
+    d_c = torch.zeros_like(tanh_c[0]) if d_c is None else d_c.clone()
+    d_h, product = _last(d_hs, order), RepeatedProduct(w.t(), len(d_c))
+    for k, earlier in order.back():
         d_c.addcmul_(d_h, through[k])
         torch.mul(first_slopes[k], d_c[:, None], out=first[k])
         torch.mul(last_slopes[k], d_h, out=last[k])
         d_c.mul_(keep[k])
-        d_h = _earlier(times_w(d_gates[k]), d_h, k, mask)
+        d_h = _earlier(product, d_gates[k], d_hs, earlier, d_h, k, mask)
     return d_gates, d_gates, [d_h, d_c]
 
 
@@ -198,7 +199,7 @@ def _back_lstm(
 
 
 def _run_gru(x: Tensor, states: Sequence[Tensor], w: Tensor, b: Tensor | None, mask: Tensor | None, order: Order) -> Memory:
-    hs, size, times_w = order.begun(states[0]), w.shape[1], _multiplier(w, len(states[0]))
+    hs, size, product = order.begun(states[0]), w.shape[1], RepeatedProduct(w, len(states[0]), b)
     gates, products = torch.empty_like(x), torch.empty_like(x)
     h, whole = hs.unbind(), products.unbind()
     (x_rz, x_n), (p_rz, p_n), (rz, n) = (
@@ -206,7 +207,7 @@ def _run_gru(x: Tensor, states: Sequence[Tensor], w: Tensor, b: Tensor | None, m
     )
     r, z = (gates[..., k * size : (k + 1) * size].unbind() for k in (0, 1))
     for k, before, after in order.steps():
-        whole[k].copy_(times_w(h[before])) if b is None else torch.add(times_w(h[before]), b, out=whole[k])
+        whole[k].copy_(product.of(h[before]))
         torch.add(x_rz[k], p_rz[k], out=rz[k]).sigmoid_()
         torch.addcmul(x_n[k], r[k], p_n[k], out=n[k]).tanh_()
         torch.lerp(n[k], h[before], z[k], out=h[after])
@@ -238,10 +239,10 @@ def _run_plain(
     mask: Tensor | None,
     order: Order,
 ) -> Memory:
-    hs, times_w, x = order.begun(states[0]), _multiplier(w, len(states[0])), x if b is None else x + b
+    hs, product = order.begun(states[0]), RepeatedProduct(w, len(states[0]), b)
     h = hs.unbind()
     for k, before, after in order.steps():
-        activation(torch.add(x[k], times_w(h[before]), out=h[after]))
+        activation(h[after].copy_(product.plus(h[before], x[k])))
         _stand_still(h, k, before, after, mask)
     return (hs,)
 
@@ -272,15 +273,13 @@ def _back_simple(
         slopes, keep = slopes * mask[..., None], None if keep is None else keep * mask
     d_x = torch.empty_like(slopes)
     d_products = d_x if recurrent is None else torch.empty_like(slopes)
-    d_h, flat = torch.zeros_like(slopes[0, :, 0]), d_products.flatten(2)
-    times_w = _multiplier(w.t(), len(d_h))
-    for k, _, _ in reversed(order.steps()):
-        d_h = d_h + d_hs[k]
+    d_h, flat, product = _last(d_hs, order), d_products.flatten(2), RepeatedProduct(w.t(), slopes.shape[1])
+    for k, earlier in order.back():
         torch.mul(slopes[k], d_h[:, None], out=d_x[k])
         if recurrent is not None:
             torch.mul(d_x[k], recurrent[k], out=d_products[k])
-        earlier = _earlier(times_w(flat[k]), d_h, k, mask)
-        d_h = earlier if keep is None else earlier.addcmul_(d_h, keep[k])
+        found = _earlier(product, flat[k], d_hs, earlier, d_h, k, mask)
+        d_h = found if keep is None else found.addcmul_(d_h, keep[k])
     return d_x.flatten(2), flat, [d_h]
 
 
@@ -290,19 +289,17 @@ def _stand_still(states: Sequence[Tensor], k: int, before: int, after: int, mask
         torch.lerp(states[before], states[after], mask[k].expand_as(states[after]), out=states[after])
 
 
-def _earlier(d_state: Tensor, d_h: Tensor, k: int, mask: Tensor | None) -> Tensor:
-    """The gradient of the state before a step: through its product with the weights, or standing still."""
+def _last(d_hs: Tensor, order: Order) -> Tensor:
+    """The gradient of the state after the last step."""
+    return d_hs[order.back()[0][0]]
+
+
+def _earlier(
+    product: RepeatedProduct, d_product: Tensor, d_hs: Tensor, earlier: int | None, d_h: Tensor, k: int, mask: Tensor | None
+) -> Tensor:
+    """The gradient of the state before step k: its own, and through its product with the weights or standing still."""
+    d_state = product.of(d_product) if earlier is None else product.plus(d_product, d_hs[earlier])
     return d_state if mask is None else d_state.addcmul_(d_h, 1 - mask[k])
-
-
-def _multiplier(w: Tensor, n: int) -> Callable[[Tensor], Tensor]:
-    """`h -> h @ w.T` for the n rows of a step."""
-    rate = rates(w)
-    if 2 * n * w.numel() > _SMALL_PRODUCT and rate.linear > 1.1 * rate.product and has_onednn(w):
-        weight = w.contiguous()
-        return lambda h: onednn_linear(h, weight)
-    turned = w.t()
-    return lambda h: h @ turned
 
 
 LSTM = Cell(_run_lstm, _back_lstm)
