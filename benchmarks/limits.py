@@ -20,6 +20,7 @@ from samplewise.factors import Factor
 from samplewise.quantities import Record
 from samplewise.recording import Recording
 from samplewise.running import unrecorded
+from samplewise.strategy import MEMORY_BUDGET
 from samplewise.streaming import _run
 from samplewise.sums import Store
 from workloads import WORKLOADS
@@ -56,7 +57,7 @@ def norms_alone(factors: dict[str, Factor]) -> None:
 
 def clipped_alone(factors: dict[str, Factor], weights: Tensor) -> None:
     """Norms first and then sums, of gradients that are stored where `clipped_grads` stores them."""
-    store, kept = Store(reuse=True), dict(factors)
+    store, kept = Store(reuse=MEMORY_BUDGET), dict(factors)
     with unrecorded():
         for name, factor in factors.items():
             if store.worth(factor):

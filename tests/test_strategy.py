@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import samplewise as sw
 from samplewise import buffers, strategy
+from samplewise.factors import Dense
 from samplewise.strategy import STRATEGIES, Rates
+from samplewise.sums import Store
 
 
 class Mixed(nn.Module):
@@ -241,6 +243,19 @@ def test_buffers_are_reused_and_can_be_given_back() -> None:
         assert len({x.data_ptr() for x in (first, other, wider)}) == 3
         sw.release_buffers()
         assert not buffers._slots().held
+
+
+def test_stored_gradients_are_reused_up_to_a_limit() -> None:
+    """The first in memory that the next step overwrites, the others in fresh memory."""
+    sw.release_buffers()
+    factor = Dense(torch.randn(2, 5))
+    with torch.no_grad():
+        store = Store(reuse=2 * 5 * 4)
+        first, second = store.kept("a", factor), store.kept("b", factor)
+        assert torch.equal(first.to_dense(), factor.grad)
+        assert torch.equal(second.to_dense(), factor.grad)
+        assert [key[0] for key in buffers._slots().held] == ["a"]
+    sw.release_buffers()
 
 
 @pytest.mark.skipif(

@@ -1,6 +1,7 @@
 """Several uses of one parameter: their factors put together, and gradients kept where that is leaner."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,8 +114,8 @@ def _apart(terms: Sequence[Factor]) -> bool:
 class Store:
     """Keeps gradients in place of factors, where that takes less memory, or less time within the budget."""
 
-    # into memory that the next step overwrites
-    reuse: bool = False
+    # bytes that may lie in memory which the next step overwrites; such memory is there in the forward too, where the peak often is
+    reuse: int = 0
     spent: int = 0
 
     def worth(self, factor: Factor) -> bool:
@@ -133,7 +134,8 @@ class Store:
     def kept(self, slot: str, factor: Factor) -> Factor:
         """The gradients, as a factor."""
         like, shape = _first(_held(factor)), (factor.n, *factor.shape)
-        return Dense(factor.write(scratch(slot, shape, like) if self.reuse else like.new_empty(shape)))
+        self.reuse -= math.prod(shape) * like.element_size()
+        return Dense(factor.write(like.new_empty(shape) if self.reuse < 0 else scratch(slot, shape, like)))
 
 
 def _held(factor: Factor) -> list[Tensor]:
