@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--threads 1] [--repeats 9]
 
-A chain of a hundred ops is run plainly and for norms; the difference, forward and backward apart, is divided by the number of ops. The
-GPT is run with its 4 layers and all its ops but with width 6 and two samples of two tokens, where nothing but overhead is left, beside the
-time of its real step.
+A chain of ops is run plainly and for norms; the difference, forward and backward apart, grows with the chain, and what a hundred ops more
+add to it is divided by their number. What remains without any is the recording itself, with one linear layer. The GPT is run with its 4
+layers and all its ops but with width 6 and two samples of two tokens, where nothing but overhead is left, beside the time of its real step.
 """
 
 import argparse
@@ -44,10 +44,10 @@ CHAINS = {
 class Deep(nn.Module):
     """A linear layer and a chain behind it."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, length: int) -> None:
         super().__init__()
         self.first, self.chain = nn.Linear(WIDTH, WIDTH), chain
-        self.layers = nn.ModuleList(chain.layer() for _ in range(LENGTH)) if chain.layer else [None] * LENGTH
+        self.layers = nn.ModuleList(chain.layer() for _ in range(length)) if chain.layer else [None] * length
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -76,24 +76,23 @@ def recorded_forward(model: nn.Module, x: Tensor) -> None:
         model(x)
 
 
-def opened(model: nn.Module) -> None:
-    with sw.record(model):
-        pass
-
-
-def per_op(chain: Chain, repeats: int) -> tuple[float, float]:
-    """Microseconds of overhead for each op, in the forward and in the backward."""
-    model, x = Deep(chain), torch.randn(4, WIDTH)
+def overhead(chain: Chain, length: int, repeats: int) -> tuple[float, float]:
+    """Microseconds of overhead of a chain, in the forward and in the backward."""
+    model, x = Deep(chain, length), torch.randn(4, WIDTH)
 
     def losses(m: nn.Module, x: Tensor) -> Tensor:
         return m(x).sum(1)
 
     forward, step = fastest(lambda: model(x), repeats), fastest(lambda: plain_step(model, losses, x), repeats)
-    begin = fastest(lambda: opened(model), repeats)
     recorded = fastest(lambda: recorded_forward(model, x), repeats)
     whole = fastest(lambda: sw.per_sample_norms(model, losses, x), repeats)
-    count = LENGTH * chain.ops
-    return 1e6 * (recorded - begin - forward) / count, 1e6 * (whole - recorded - (step - forward)) / count
+    return 1e6 * (recorded - forward), 1e6 * (whole - recorded - (step - forward))
+
+
+def per_op(chain: Chain, repeats: int) -> list[float]:
+    """Microseconds that each op adds, in the forward and in the backward."""
+    short, long = overhead(chain, LENGTH, repeats), overhead(chain, 2 * LENGTH, repeats)
+    return [(b - a) / (LENGTH * chain.ops) for a, b in zip(short, long, strict=True)]
 
 
 def gpt_share(repeats: int) -> tuple[float, float]:
@@ -121,6 +120,8 @@ def main() -> None:
     for name, chain in CHAINS.items():
         forward, backward = per_op(chain, options.repeats)
         print(f"| {name} | {forward:.1f} | {backward:.1f} |")
+    forward, backward = overhead(CHAINS["view"], 0, options.repeats)
+    print(f"| the recording itself | {forward:.0f} | {backward:.0f} |")
     ours, step = gpt_share(options.repeats)
     print(f"\nGPT: {ours:.1f} ms of overhead for norms, {ours / step:.1%} of a plain step of {step:.0f} ms")
 
