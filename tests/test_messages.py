@@ -731,10 +731,10 @@ CASES: dict[str, Case] = {
         r"shape \(3,\), one per sample",
         kind=ValueError,
     ),
-    "quantities.clipping_weights: zero": Case(
+    "quantities.check_limit: zero": Case(
         quantity(lambda rec: rec.clipped_sum(0.0)), "max_grad_norm", "got 0.0", "must be positive", kind=ValueError
     ),
-    "quantities.clipping_weights: no number, in one call": Case(
+    "quantities.check_limit: no number, in one call": Case(
         lambda: sw.clipped_grads(linear(), squares, x(), max_grad_norm=float("nan")),
         "max_grad_norm",
         "got nan",

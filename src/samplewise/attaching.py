@@ -16,11 +16,13 @@ def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     for module in modules:
         yield from (x for x in module._buffers.values() if x is not None)  # noqa: SLF001
         for key, value in vars(module).items():
-            if key not in _OF_EVERY_MODULE and isinstance(value, _HOLDERS):
-                yield from tensors_in(value)
+            if key not in _OF_EVERY_MODULE and type(value) not in _PLAIN and isinstance(value, _HOLDERS):
+                sizes = isinstance(value, tuple) and _PLAIN.issuperset(map(type, value))
+                yield from () if sizes else tensors_in(value)
 
 
 _HOLDERS = (Tensor, tuple, list, dict)
+_PLAIN = frozenset({int, float, bool, str, type(None)})
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 

@@ -74,7 +74,7 @@ def leaves_of(tensor: Tensor, until: tuple[type, ...] = ()) -> list[Tensor]:
         seen.add(node)
         following = node.next_functions
         if following:
-            ahead += [edge[0] for edge in following]
+            ahead += [before for before, _ in following]
         elif hasattr(node, "variable"):
             # where a leaf's gradient would be accumulated
             leaves.append(node.variable)
@@ -206,7 +206,7 @@ class Collector:
 
     def finish(self) -> None:
         """Hand what has not been consumed yet to `consume`."""
-        if self.consume is not None:
+        if self.consume is not None and self._arrived:
             for name, factor in self.factors().items():
                 self.consume(name, factor)
             self._arrived.clear()

@@ -1,5 +1,6 @@
 """The factor of convolutions: output gradients and inputs, kept as they are."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,13 +36,13 @@ class Convolution(Factor):
     def n(self) -> int:
         return self.grad.shape[0]
 
-    @property
+    @functools.cached_property
     def geometry(self) -> Geometry:
         """All but the samples."""
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return Geometry(self.shape, self.input.shape[2:], self.grad.shape[2:], *settings)
 
-    @property
+    @functools.cached_property
     def ways(self) -> Ways:
         """The cheapest ways to norms and gradients."""
         return ways(self.geometry, self.grad.element_size(), rates(self.grad))

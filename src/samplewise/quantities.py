@@ -373,9 +373,14 @@ def record(
 
 def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
     """`min(1, max_grad_norm / norms)`; a zero norm gives 1."""
+    check_limit(max_grad_norm)
+    return max_grad_norm / norms.clamp_min(max_grad_norm)
+
+
+def check_limit(max_grad_norm: float) -> None:
+    """Refuse a limit that is not positive."""
     if not max_grad_norm > 0:
         raise ValueError(f"clipping: max_grad_norm must be positive, got {max_grad_norm}")
-    return max_grad_norm / norms.clamp_min(max_grad_norm)
 
 
 def total_norms(squares: list[Tensor], n: int, like: Tensor) -> Tensor:

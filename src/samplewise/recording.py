@@ -248,10 +248,9 @@ class Recording(TorchFunctionMode):
         meeting = None if kwargs or op.name not in RULES else meeting_before(self, op, args, self.n)
         if meeting is not None:
             return meet_again(self, func, op, meeting, args)
+        inner = EXPANSIONS.get(op.name, op.source)
         # a function that comes back to itself checks for overrides in a way of its own: it runs as one op
-        plain = op.inplace or (func, torch._C._current_graph_task_id()) in self._sources  # noqa: SLF001
-        inner = None if plain else EXPANSIONS.get(op.name, op.source)
-        if inner is not None:
+        if inner is not None and not op.inplace and (func, torch._C._current_graph_task_id()) not in self._sources:  # noqa: SLF001
             if func is torch.autograd.backward:
                 losses = args[0] if args else kwargs["tensors"]
                 if not in_backward():

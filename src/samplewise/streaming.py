@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .factors import Factor
 from .joined import Joined
-from .quantities import Record, clipping_weights, dense_in, total_norms
+from .quantities import Record, check_limit, clipping_weights, dense_in, total_norms
 from .recording import Recording
 from .strategy import MEMORY_BUDGET, Strategy
 from .sums import Store
@@ -119,7 +118,7 @@ def clipped_grads(
         >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
         >>> sums, norms = clipped_grads(model, lambda m, x: m(x).square().sum(1), x, max_grad_norm=1.0)
     """
-    clipping_weights(torch.zeros(0), max_grad_norm)
+    check_limit(max_grad_norm)
     kept, small, squares = dict[str, Factor](), Joined(), list[Tensor]()
 
     def consume(name: str, factor: Factor) -> None:
