@@ -12,6 +12,7 @@ from torch import Tensor
 
 # What one thread keeps at most, in bytes; beyond it memory is fresh.
 LIMIT = 512 * 2**20
+_MOST_SHAPES = 4096
 
 
 @dataclass(eq=False)
@@ -19,6 +20,13 @@ class _Slots:
     """The memory of one thread, by what it is for."""
 
     held: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    # in the shapes that were asked for: to make them anew would be two more ops each time
+    shaped: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Give all of it back."""
+        self.shaped.clear()
+        self.held.clear()
 
 
 _OWN = threading.local()
@@ -31,21 +39,30 @@ def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
     Fresh memory where a graph is built or traced, since both outlast the moment; where the thread's limit is reached; and on devices whose
     allocators keep memory themselves, and know the streams that use it.
     """
-    size = math.prod(shape)
+    shape = tuple(shape)
     traced = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()  # noqa: SLF001
-    if traced or not size or like.device.type != "cpu":
+    if traced or 0 in shape or like.device.type != "cpu":
         return like.new_empty(shape)
-    slots = _slots().held
-    key = (slot, like.device, like.dtype)
-    held = slots.get(key)
+    slots, key = _slots(), (slot, like.device, like.dtype)
+    found = slots.shaped.get((*key, shape))
+    return _shaped(slots, key, shape, like) if found is None else found
+
+
+def _shaped(slots: _Slots, key: tuple[object, ...], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    size, held = math.prod(shape), slots.held.get(key)
     if held is None or held.numel() < size:
-        others = sum(x.nbytes for name, x in slots.items() if name != key)
+        others = sum(x.nbytes for name, x in slots.held.items() if name != key)
         if others + size * like.element_size() > LIMIT:
             return like.new_empty(shape)
-        slots.pop(key, None)
+        slots.held.pop(key, None)
+        slots.shaped.clear()
         with torch.inference_mode(mode=False):
-            held = slots[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-    return held[:size].view(*shape)
+            held = slots.held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+    if len(slots.shaped) >= _MOST_SHAPES:
+        slots.shaped.clear()
+    with torch.inference_mode(mode=False):
+        found = slots.shaped[*key, shape] = held[:size].view(shape)
+    return found
 
 
 @functools.cache
@@ -65,7 +82,7 @@ def release_buffers() -> None:
         >>> release_buffers()
     """
     for slots in list(_ALL):
-        slots.held.clear()
+        slots.clear()
 
 
 def _slots() -> _Slots:

@@ -30,13 +30,17 @@ class Geometry(NamedTuple):
     groups: int
 
 
+# size, stride and offset of a part of a contiguous tensor
+Part = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
 class Stage(NamedTuple):
     """Moves along one axis of the image, on both sides of a Gram."""
 
-    # of the result, without the samples
+    # of the result
     shape: tuple[int, ...]
     # where each move adds what lies where
-    moves: tuple[tuple[Slices, Slices], ...]
+    moves: tuple[tuple[Part, Part], ...]
 
 
 class Phase(NamedTuple):
@@ -51,13 +55,13 @@ def patch_grams(input: Tensor, geometry: Geometry) -> Tensor:
     """`sum over channels and taps of patch[p] patch[q]` of images `(m, c, *sizes)`, `(t * t, m)` for t positions of the output."""
     m, space = len(input), geometry.space
     grams = scratch("patch grams", (*space, *space, m), input).zero_()
-    for phase in phases(geometry):
-        moved = samples_last(input[phase.pixels].flatten(2)).view(*phase.sizes, *phase.sizes, m)
+    for phase in phases(geometry, m):
+        moved = samples_last(input[phase.pixels].flatten(2))
         for k, stage in enumerate(phase.stages, 1):
-            last = k == len(phase.stages)
-            into = grams if last else scratch(f"moved along {k}", (*stage.shape, m), input).zero_()
+            into = grams if k == len(phase.stages) else scratch(f"moved along {k}", stage.shape, input).zero_()
             for here, there in stage.moves:
-                into[here].add_(moved[there])
+                # parts and not slices, which would be an op for each axis
+                into.as_strided(*here).add_(moved.as_strided(*there))
             moved = into
     return grams.flatten(0, -2)
 
@@ -69,15 +73,18 @@ def samples_last(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def phases(geometry: Geometry) -> tuple[Phase, ...]:
-    """The taps of a kernel by the pixels that they see: position p sees pixel `stride (p + move) + phase` along each axis."""
+def phases(geometry: Geometry, m: int = 1) -> tuple[Phase, ...]:
+    """The taps of a kernel by the pixels that they see: position p sees pixel `stride (p + move) + phase` along each axis.
+
+    The stages' shapes and parts are those of Grams of m samples.
+    """
     settings = zip(geometry.shape[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
     found = []
     for some in itertools.product(*(_moves(*one).items() for one in settings)):
         pixels = [slice(phase, None, stride) for (phase, _), stride in zip(some, geometry.stride, strict=True)]
         sizes = tuple(len(range(size)[places]) for size, places in zip(geometry.sizes, pixels, strict=True))
         if all(sizes):
-            stages = tuple(_stages(sizes, geometry.space, [moves for _, moves in some]))
+            stages = tuple(_stages(sizes, geometry.space, [moves for _, moves in some], m))
             found.append(Phase((slice(None), slice(None), *pixels), sizes, stages))
     return tuple(found)
 
@@ -91,27 +98,31 @@ def _moves(kernel: int, stride: int, padding: int, dilation: int) -> Mapping[int
     return moves
 
 
-def _stages(sizes: Sequence[int], space: Sequence[int], moves: Sequence[Sequence[int]]) -> Iterator[Stage]:
+def _stages(sizes: Sequence[int], space: Sequence[int], moves: Sequence[Sequence[int]], m: int) -> Iterator[Stage]:
     d, now = len(space), list(sizes)
     for axis, steps in enumerate(moves):
         stays = steps == [0] and now[axis] == space[axis]
         if axis == d - 1 or not stays:
-            overlaps = [(_on(axis, d, here), _on(axis, d, there)) for here, there in _overlaps(steps, space[axis], now[axis])]
+            overlaps, before = list(_overlaps(steps, space[axis], now[axis])), (*now, *now, m)
             now[axis] = space[axis]
-            yield Stage((*now, *now), tuple(overlaps))
+            after = (*now, *now, m)
+            parts = [(_part(after, axis, d, here), _part(before, axis, d, there)) for here, there in overlaps]
+            yield Stage(after, tuple(parts))
 
 
-def _overlaps(moves: Sequence[int], positions: int, pixels: int) -> Iterator[tuple[slice, slice]]:
+def _overlaps(moves: Sequence[int], positions: int, pixels: int) -> Iterator[tuple[range, range]]:
     """For each move, the positions that see a pixel, and those pixels."""
     for move in moves:
         start, stop = max(0, -move), min(positions, pixels - move)
         if start < stop:
-            yield slice(start, stop), slice(start + move, stop + move)
+            yield range(start, stop), range(start + move, stop + move)
 
 
-def _on(axis: int, d: int, places: slice) -> Slices:
+def _part(shape: tuple[int, ...], axis: int, d: int, places: range) -> Part:
     """The same places on an axis of the one image and of the other."""
-    return tuple(places if k in {axis, axis + d} else slice(None) for k in range(axis + d + 1))
+    strides = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+    sizes = tuple(len(places) if k in {axis, axis + d} else size for k, size in enumerate(shape))
+    return sizes, strides, places.start * (strides[axis] + strides[axis + d])
 
 
 def entries_moved(geometry: Geometry) -> int:
