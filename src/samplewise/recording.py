@@ -6,8 +6,8 @@ gradients are in `rules`.
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -261,8 +261,7 @@ class Recording(TorchFunctionMode):
                 self._refuse_ordinary(
                     *(args[k] if k < len(args) else kwargs[name] for k, name in enumerate(("outputs", "inputs")))
                 )
-            with self, self._inside(func, inner):
-                out = inner(*args, **kwargs)
+            out = self._through(func, inner, args, kwargs)
             if out is not NotImplemented:
                 return out
         return self._run(func, op, args, kwargs)
@@ -277,15 +276,17 @@ class Recording(TorchFunctionMode):
                 "follow the samples. Write the function for the whole batch."
             )
 
-    @contextmanager
-    def _inside(self, *functions: Callable[..., Any]) -> Iterator[None]:
-        """While a function is recorded through its source."""
+    def _through(
+        self, func: Callable[..., Any], inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record a function through its source."""
         task = torch._C._current_graph_task_id()  # noqa: SLF001
-        self._sources += [(function, task) for function in functions]
+        self._sources += [(func, task), (inner, task)]
         try:
-            yield
+            with self:
+                return inner(*args, **kwargs)
         finally:
-            del self._sources[-len(functions) :]
+            del self._sources[-2:]
 
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""

@@ -35,7 +35,8 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def run(recording: Collects, factors: Factors, anchor: Tensor, outs: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
         """Tap results; `anchor` requires grad, so that each of them does."""
-        tapped = Tap.apply(recording, factors, anchor, len(outs), *outs, *saved)  # type: ignore[no-untyped-call]
+        apply: Callable[..., Any] = Tap.apply if torch.compiler.is_compiling() else _APPLY
+        tapped = apply(recording, factors, anchor, len(outs), *outs, *saved)
         return list(tapped) if len(outs) > 1 else [tapped]
 
     @staticmethod
@@ -54,6 +55,10 @@ class Tap(torch.autograd.Function):
         saved = ctx.saved_tensors
         ctx.recording.collect(ctx.factors, grads, saved)
         return None, None, None, None, *grads, *[None] * len(saved)
+
+
+# `apply` without the look for what transforms of torch.func left behind: none runs where a recording is active
+_APPLY: Callable[..., Any] = super(torch.autograd.Function, Tap).apply
 
 
 class Enter(torch.autograd.Function):
