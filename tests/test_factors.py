@@ -192,7 +192,7 @@ def test_written_into_given_memory(name: str, n: int, dtype: torch.dtype) -> Non
         torch.testing.assert_close(out.reshape(n, -1) if n else out, flat(factor).to(dtype) if n else out)
 
 
-@pytest.mark.parametrize("t", [17, 64, 130, 300])
+@pytest.mark.parametrize("t", [1, 17, 32, 33, 65, 96, 97, 130, 300, 520])
 def test_a_gram_in_blocks(t: int) -> None:
     factor = Outer(x(2, 2, t, 3), x(2, 2, t, 4), Size((6, 4)))
     with using(Strategy("gram")), torch.no_grad():
