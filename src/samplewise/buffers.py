@@ -1,7 +1,10 @@
 """Memory for intermediate results, kept from step to step: fresh memory costs page faults (2 GB/s on a CPU instead of 10-30)."""
 
+import ctypes
 import functools
 import math
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -13,6 +16,10 @@ from torch import Tensor
 # What one thread keeps at most, in bytes; beyond it memory is fresh.
 LIMIT = 512 * 2**20
 _MOST_SHAPES = 4096
+# What glibc keeps at most, in bytes; its names for that, and the user's.
+_KEPT = 256 * 2**20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 @dataclass(eq=False)
@@ -67,22 +74,35 @@ def _shaped(slots: _Slots, key: tuple[object, ...], shape: tuple[int, ...], like
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let the C library keep up to 64 MiB of what a step frees for the next one, instead of giving it back to the system; said once.
+    """Let glibc keep up to 256 MiB of what a step frees for the next one, instead of giving it back to the system; said once.
 
-    glibc learns from what is freed: after a block of almost 32 MiB, the largest it learns from, it maps only larger ones anew, and trims
-    the heap where twice that is free. The block itself is never touched. Other allocators make nothing of it.
+    Left alone where the user's environment has settings for it, or where the C library is another.
     """
-    torch.empty(2**25 - 2**13, dtype=torch.uint8)
+    libc = _glibc()
+    if libc is not None and not any(name in os.environ for name in _SETTINGS):
+        # smaller blocks come from the heap, whose end is given back where more than that is free
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def release_buffers() -> None:
-    """Give the memory back that is kept between steps on the CPU, at most 512 MiB for each thread that asked for quantities.
+    """Give the memory back that is kept between steps on the CPU: at most 512 MiB for each thread that asked for quantities.
+
+    On Linux with glibc also what the C library keeps since the first recording, at most 256 MiB.
 
     Example:
         >>> release_buffers()
     """
     for slots in list(_ALL):
         slots.clear()
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
 def _slots() -> _Slots:
