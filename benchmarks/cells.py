@@ -13,11 +13,12 @@ import gc
 import json
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,13 +118,13 @@ def peak(device: str) -> int:
 
 
 def memory(system: str, quantity: str, problem: Problem, device: str) -> float:
-    """Peak MiB of two steps of a method beyond the idle process."""
+    """Peak MiB of three steps of a method beyond the idle process: what is freed is not all found again at once."""
     run = SYSTEMS[system].methods[quantity]
     ready = SYSTEMS[system].prepare(problem, quantity)
     # Two samples bring in the code that is loaded on first use.
     run(ready.head(2))
     before, result = idle(device), None
-    for _ in range(2):
+    for _ in range(3):
         # the result of the step before is dropped first
         result = None
         result = run(ready)
@@ -153,10 +154,17 @@ def memory_in_a_fresh_process(question: Question, place: Place) -> dict[str, flo
     return json.loads(done.stdout.strip().rpartition("\n")[2])
 
 
-def memories(questions: Iterable[Question], place: Place) -> list[dict[str, float | str]]:
-    """Peaks from fresh processes of one thread: two at once on a CPU, which does not change what each needs."""
+def memories(questions: Sequence[Question], place: Place, processes: int = 1) -> list[dict[str, float | str]]:
+    """Peaks from fresh processes of one thread, medians of several: two at once on a CPU, which does not change what each needs."""
+    asked = [question for question in questions for _ in range(processes)]
     with ThreadPoolExecutor(2 if place.device == "cpu" and place.threads > 1 else 1) as pool:
-        return list(pool.map(lambda question: memory_in_a_fresh_process(question, place), questions))
+        answers = list(pool.map(lambda question: memory_in_a_fresh_process(question, place), asked))
+    return [_middle(answers[k : k + processes]) for k in range(0, len(answers), processes)]
+
+
+def _middle(answers: Sequence[dict[str, float | str]]) -> dict[str, float | str]:
+    troubles = [answer for answer in answers if "trouble" in answer]
+    return troubles[0] if troubles else {"mib": statistics.median(float(answer["mib"]) for answer in answers)}
 
 
 def main() -> None:
