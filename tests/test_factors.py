@@ -285,7 +285,10 @@ def test_small_gradients_side_by_side(n: int) -> None:
     """Of several types, shapes and none; what is large, structured or complex stays by itself."""
     small = {"a": x(n, 3), "b": x(n, 2, 1, 2), "scalar": x(n), "single": x(n, 5, dtype=torch.float32)}
     others = {"large": Dense(x(4, 5000)), "rows": rows(2)(n), "complex": Dense(x(n, 3).to(torch.complex128))}
-    joined, rest = Joined.split({**{name: Dense(grad) for name, grad in small.items()}, **others})
+    given = {**{name: Dense(grad) for name, grad in small.items()}, **others}
+    assert Joined.split(given)[1] == given
+    with torch.no_grad():
+        joined, rest = Joined.split(given)
     assert rest == others
     weights, flat_rows = x(n), {name: grad.reshape(n, grad[:0].shape[1:].numel()) for name, grad in small.items()}
     torch.testing.assert_close(

@@ -24,8 +24,10 @@ class Joined:
         return joined, {name: factor for name, factor in factors.items() if not joined.take(name, factor)}
 
     def take(self, name: str, factor: Factor) -> bool:
-        """Take the factor of a parameter, if it is a small one."""
-        if not isinstance(factor, Dense) or factor.grad.numel() > _SMALL or not factor.grad.is_floating_point():
+        """Take the factor of a parameter, if it is a small one. With a graph each stays by itself: parts cannot be changed in place."""
+        if torch.is_grad_enabled() or not isinstance(factor, Dense):
+            return False
+        if factor.grad.numel() > _SMALL or not factor.grad.is_floating_point():
             return False
         self._groups.setdefault((factor.grad.device, factor.grad.dtype), {})[name] = factor.grad
         return True
