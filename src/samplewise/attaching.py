@@ -16,9 +16,11 @@ def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     for module in modules:
         yield from (x for x in module._buffers.values() if x is not None)  # noqa: SLF001
         for key, value in vars(module).items():
-            if key not in _OF_EVERY_MODULE and type(value) not in _PLAIN and isinstance(value, _HOLDERS):
-                sizes = isinstance(value, tuple) and _PLAIN.issuperset(map(type, value))
-                yield from () if sizes else tensors_in(value)
+            # most are numbers, or tuples of numbers such as a kernel's size
+            if key in _OF_EVERY_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
+                continue
+            if not isinstance(value, tuple) or not _PLAIN.issuperset(map(type, value)):
+                yield from tensors_in(value)
 
 
 _HOLDERS = (Tensor, tuple, list, dict)

@@ -162,25 +162,24 @@ class Collector:
 
     def add(self, source: Source, factor: Factor, uses: list[Use]) -> None:
         """Take the factor of one use."""
-        self.empty = False
+        self.empty, key, name = False, source.key, next(iter(source.names))
         if not self._consumed.isdisjoint(source.names):
             self._refuse_late(source.names & self._consumed)
-        if self.parameters[next(iter(source.names))].is_complex():
+        if self.parameters[name].is_complex():
             # the structured quantities are real
             factor = Dense(factor.to_dense())
         if self.consume is None:
             for use in uses:
                 use.structure, use.algorithm = type(factor).__name__, factor.algorithm
-        key = source.key
         arrived = self._arrived.get(key)
         if arrived is None:
             arrived = self._arrived[key] = Arrived(source)
         arrived.factors.append(factor)
-        last = source.edge is None and len(arrived.factors) == self._expected.get(next(iter(source.names)))
+        last = source.edge is None and len(arrived.factors) == self._expected.get(name)
         if self.consume is None or not last:
             arrived.hold(factor)
         if last:
-            self._complete(next(iter(source.names)), arrived)
+            self._complete(name, arrived)
 
     def _complete(self, name: str, arrived: Arrived) -> None:
         """A parameter's last use has arrived."""
