@@ -261,8 +261,11 @@ def test_stored_gradients_are_reused_up_to_a_limit() -> None:
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="other allocators have rules of their own"
 )
-@pytest.mark.parametrize("setting", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
-def test_freed_memory_is_kept_for_the_next_step(setting: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("device", "setting", "kept"),
+    [("cpu", {}, True), ("cpu", {"MALLOC_TRIM_THRESHOLD_": "131072"}, False), ("cuda", {}, False)],
+)
+def test_freed_memory_is_kept_for_the_next_step(device: str, setting: dict[str, str], *, kept: bool) -> None:
     """glibc maps a first block of 24 MiB by itself, to be given back when it is freed, unless told otherwise; the user is heard first."""
     code = """
 import ctypes, sys, torch
@@ -271,14 +274,16 @@ class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
 info = ctypes.CDLL(None).mallinfo2
 info.restype = Info
-keep_freed_memory()
+keep_freed_memory(sys.argv[1])
 before = info().hblkhd
 block = torch.empty(6 * 2**20)
 print(info().hblkhd - before)
 """
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
-    run = subprocess.run([sys.executable, "-c", code], env={**plain, **setting}, capture_output=True, text=True, check=True)
-    assert (int(run.stdout) == 0) == (not setting)
+    run = subprocess.run(
+        [sys.executable, "-c", code, device], env={**plain, **setting}, capture_output=True, text=True, check=True
+    )
+    assert (int(run.stdout) == 0) == kept
 
 
 @pytest.mark.skipif(buffers._glibc() is None, reason="other allocators have rules of their own")
@@ -290,7 +295,7 @@ from samplewise.buffers import keep_freed_memory
 from samplewise import release_buffers
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-keep_freed_memory()
+keep_freed_memory("cpu")
 before = resident()
 blocks = [torch.ones(2 * 2**20) for _ in range(20)]
 del blocks

@@ -62,6 +62,7 @@ def _shaped(slots: _Slots, key: tuple[object, ...], shape: tuple[int, ...], like
         if others + size * like.element_size() > LIMIT:
             return like.new_empty(shape)
         slots.held.pop(key, None)
+        # views of the memory that is replaced would keep it
         slots.shaped.clear()
         with torch.inference_mode(mode=False):
             held = slots.held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
@@ -73,12 +74,12 @@ def _shaped(slots: _Slots, key: tuple[object, ...], shape: tuple[int, ...], like
 
 
 @functools.cache
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MiB of what a step frees for the next one, instead of giving it back to the system; said once.
+def keep_freed_memory(device: str) -> None:
+    """Let glibc keep up to 256 MiB of what a step on the CPU frees for the next one, instead of giving it back to the system; said once.
 
-    Left alone where the user's environment has settings for it, or where the C library is another.
+    Left alone where the user's environment has settings for it, where the C library is another, and for other types of devices.
     """
-    libc = _glibc()
+    libc = _glibc() if device == "cpu" else None
     if libc is not None and not any(name in os.environ for name in _SETTINGS):
         # smaller blocks come from the heap, whose end is given back where more than that is free
         libc.mallopt(_MMAP_THRESHOLD, 2**25)

@@ -162,7 +162,8 @@ class Collector:
 
     def add(self, source: Source, factor: Factor, uses: list[Use]) -> None:
         """Take the factor of one use."""
-        self.empty, key, name = False, source.key, next(iter(source.names))
+        self.empty = False
+        key, name = source.key, next(iter(source.names))
         if not self._consumed.isdisjoint(source.names):
             self._refuse_late(source.names & self._consumed)
         if self.parameters[name].is_complex():

@@ -102,8 +102,8 @@ class Recording(TorchFunctionMode):
         modules = dict(self.model.named_modules())
         refuse_unrecordable(modules)
         self._modules, self._names_of = list(modules.values()), {id(p): name for name, p in self.parameters.items()}
-        keep_freed_memory()
         for parameter in itertools.islice(self.parameters.values(), 1):
+            keep_freed_memory(parameter.device.type)
             prepare(parameter)
         for tensor in held_tensors(self._modules):
             self.declare(tensor, CONSTANT)

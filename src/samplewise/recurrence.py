@@ -46,6 +46,11 @@ class Order:
             return [(k, k + 1, k) for k in reversed(range(self.length))]
         return [(k, k, k + 1) for k in range(self.length)]
 
+    @property
+    def last(self) -> int:
+        """The place of the last step among those of all steps."""
+        return 0 if self.backwards else -1
+
     def back(self) -> list[tuple[int, int | None]]:
         """(step, the one before it), from the last to the first."""
         steps = [k for k, *_ in reversed(self.steps())]
@@ -82,7 +87,7 @@ def scanned(
     memory = steps(cell, x.detach(), [h.detach() for h in states], fixed, None if b is None else b.detach(), mask, order)
     products = state_products(order.before(memory[0]), w, b)
     out, *others = scan(cell, x, products, tuple(states), fixed, memory, mask, order)
-    return out, (out[0 if backwards else -1], *others)
+    return out, (out[order.last], *others)
 
 
 @opaque
@@ -131,9 +136,8 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_backward(w, *(() if mask is None else (mask,)), *memory)
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.order, ctx.masked, ctx.count = cell, order, mask is not None, count
-        last = 0 if order.backwards else -1
         # copies: the user may change them in place
-        return order.after(memory[0]).clone(), *(c[last].clone() for c in memory[1:count])
+        return order.after(memory[0]).clone(), *(c[order.last].clone() for c in memory[1:count])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -185,7 +189,7 @@ def _back_lstm(
     by_gate = d_gates.view_as(slopes)
     first, first_slopes, last, last_slopes = by_gate[:, :, :3], slopes[:, :, :3], by_gate[:, :, 3], slopes[:, :, 3]
     d_c = torch.zeros_like(tanh_c[0]) if d_c is None else d_c.clone()
-    d_h, product = _last(d_hs, order), RepeatedProduct(w.t(), len(d_c))
+    d_h, product = d_hs[order.last], RepeatedProduct(w.t(), len(d_c))
     for k, earlier in order.back():
         d_c.addcmul_(d_h, through[k])
         torch.mul(first_slopes[k], d_c[:, None], out=first[k])
@@ -273,7 +277,7 @@ def _back_simple(
         slopes, keep = slopes * mask[..., None], None if keep is None else keep * mask
     d_x = torch.empty_like(slopes)
     d_products = d_x if recurrent is None else torch.empty_like(slopes)
-    d_h, flat, product = _last(d_hs, order), d_products.flatten(2), RepeatedProduct(w.t(), slopes.shape[1])
+    d_h, flat, product = d_hs[order.last], d_products.flatten(2), RepeatedProduct(w.t(), slopes.shape[1])
     for k, earlier in order.back():
         torch.mul(slopes[k], d_h[:, None], out=d_x[k])
         if recurrent is not None:
@@ -287,11 +291,6 @@ def _stand_still(states: Sequence[Tensor], k: int, before: int, after: int, mask
     """Past its end a sequence keeps its state."""
     if mask is not None:
         torch.lerp(states[before], states[after], mask[k].expand_as(states[after]), out=states[after])
-
-
-def _last(d_hs: Tensor, order: Order) -> Tensor:
-    """The gradient of the state after the last step."""
-    return d_hs[order.back()[0][0]]
 
 
 def _earlier(
