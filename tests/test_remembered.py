@@ -99,6 +99,18 @@ def test_freezing_is_seen() -> None:
         check(model, batch())
 
 
+@pytest.mark.parametrize("op", [torch.std, torch.var])
+def test_a_flag_is_no_axis(op: Callable[..., Tensor]) -> None:
+    """True equals 1, but `std(True)` brings all samples together and `std(1)` does not."""
+    model = Net(lambda m, x: m.inner(x))
+    with sw.record(model):
+        out = model(batch())
+        apart, together = op(out, 1), op(out, True)
+        assert (apart.shape, together.shape) == ((3, 4), ())
+        with pytest.raises(MixedSamplesError):
+            together.backward()
+
+
 def test_an_index_of_data_is_never_remembered() -> None:
     """Equal shapes, other rows: a sample's own rows one time, another sample's the next."""
     model = Net(lambda m, x: m.inner(x)[m.rows])

@@ -18,7 +18,10 @@ _FOLLOWED: dict[Hashable, tuple[object, ...]] = {}
 
 
 def key_of(name: str, n: int, args: Sequence[Any], kwargs: dict[str, Any], kind: Callable[[Tensor], object]) -> Hashable | None:
-    """All that decides where the samples of a call's results are, or None where more than shapes and plain patterns does."""
+    """All that decides where the samples of a call's results are, or None where more than shapes and plain patterns does.
+
+    Values go with their types: True equals 1, but `x.std(True)` is over everything; tensors too: `x.view(dtype)` may change the shape.
+    """
     several = name in SHAPED
     if not several and name not in SHAPED_ALONE:
         return None
@@ -47,9 +50,9 @@ def key_of_meeting(
             parts += (what, value.shape, value.stride(), value.dtype)
             count += 1
         elif type(value) in _PLAIN:
-            parts.append(value)
+            parts += (type(value), value)
         elif isinstance(value, tuple | list) and _PLAIN.issuperset(map(type, value)):
-            parts.append(tuple(value))
+            parts += (*map(type, value), tuple(value))
         else:
             return None
     return tuple(parts) if count > 1 else None
@@ -63,10 +66,10 @@ def _describe(values: Sequence[Any], kind: Callable[[Tensor], object], parts: li
             what = _plain_kind(value, kind(value), ())
             if what is None:
                 return -1
-            parts += (what, value.shape)
+            parts += (what, value.shape, value.dtype)
             count += 1
         elif type(value) in _PLAIN:
-            parts.append(value)
+            parts += (type(value), value)
         elif isinstance(value, tuple | list | slice):
             inner = (value.start, value.stop, value.step) if isinstance(value, slice) else value
             parts += (type(value), len(inner))
