@@ -206,8 +206,8 @@ class Recording(TorchFunctionMode):
                 f"{type(self.model).__name__}: this recording already holds the gradients of a batch, and rows of two batches "
                 "are never added. Open a new recording for each batch, or run all forwards before the backward."
             )
-        inputs = [x for x in tree_leaves((args, kwargs), is_leaf=is_packed) if isinstance(x, Tensor)]
-        packed = [x for x in tree_leaves((args, kwargs), is_leaf=is_packed) if is_packed(x)]
+        given = tree_leaves((args, kwargs), is_leaf=is_packed)
+        inputs, packed = [x for x in given if isinstance(x, Tensor)], [x for x in given if is_packed(x)]
         if self.n is None:
             self.n = common_size(self.model, inputs, packed, self.batch_dim)
         with unrecorded():

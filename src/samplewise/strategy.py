@@ -43,12 +43,12 @@ class Strategy:
         return Strategy(name, MEMORY_BUDGET if memory_budget is None else memory_budget)
 
 
-_CURRENT: ContextVar[Strategy] = ContextVar("strategy")
+_CURRENT: ContextVar[Strategy] = ContextVar("strategy", default=Strategy())  # noqa: B039  (frozen)
 
 
 def current() -> Strategy:
     """The strategy of the recording whose quantities are being computed."""
-    return _CURRENT.get(Strategy())
+    return _CURRENT.get()
 
 
 class using:  # noqa: N801  (used as torch.no_grad is)

@@ -120,16 +120,16 @@ class Store:
 
     def worth(self, factor: Factor) -> bool:
         """Whether to keep the gradients themselves."""
-        name, budget = current().name, current().memory_budget
-        if factor.algorithm not in {"gram", "tile"} or name not in {"auto", "store"}:
+        chosen, algorithm = current(), factor.algorithm
+        if algorithm not in {"gram", "tile"} or chosen.name not in {"auto", "store"}:
             return False
         held = _held(factor)
         size = factor.n * factor.shape.numel() * _first(held).element_size()
         lean = size <= sum(x.nbytes for x in held)
         # norms by tiles form the gradients anyway: kept, they need not be formed again for a weighted sum
-        quick = factor.algorithm == "tile" and self.spent + size <= budget
+        quick = algorithm == "tile" and self.spent + size <= chosen.memory_budget
         self.spent += size if quick and not lean else 0
-        return lean or quick or name == "store"
+        return lean or quick or chosen.name == "store"
 
     def kept(self, slot: str, factor: Factor) -> Factor:
         """The gradients, as a factor."""

@@ -1,6 +1,5 @@
 """Normalisation layers: scale and shift after statistics that belong to one sample, or to the past (batch norm in evaluation)."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -105,12 +104,8 @@ def group_norm(
     one, x, g = mean.new_ones(n * c), input.reshape(1, n * c, t), grad.reshape(1, n * c, t)
     sizes = (1, n * c, t, n * num_groups)
 
-    @functools.cache
-    def both() -> Sequence[Tensor]:
-        _, *sums = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, one, *sizes, [False, True, True])
-        return [total.reshape(n, c) for total in sums]
-
-    return {"weight": lambda: Dense(both()[0]), "bias": lambda: Dense(both()[1])}
+    _, scale, shift = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, one, *sizes, [False, True, True])
+    return {"weight": Dense(scale.view(n, c)), "bias": Dense(shift.view(n, c))}
 
 
 def _keeps_statistics(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
