@@ -1,10 +1,11 @@
-"""Where the time of norms and clipped sums goes: what could not be saved by a faster recording, as ratios to the plain step.
+"""Where the time of norms, clipped sums and gradients goes: what could not be saved by a faster recording, as ratios to the plain step.
 
     python benchmarks/limits.py [--workloads cnn,resnet] [--repeats 15]
 
-Each round runs the plain step; the forward and the backward to the activations alone, with frozen parameters; the norms, and the clipped
-sum, of the factors of one recorded step, without recording it again; and the whole of both. "limit" is the second plus the third (or
-fourth): the kernels without the recording. It is a limit of these algorithms and kernels, not of the problem.
+Each round runs the plain step; the forward and the backward to the activations alone, with frozen parameters; the norms, the clipped
+sum, and the gradients written into buffers, of the factors of one recorded step, without recording it again; and the whole of each. "limit"
+is the activations plus one of these: the kernels without the recording. It is a limit of these algorithms and kernels, not of the problem.
+The last column is the time to write as many numbers into the same buffers.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from cells import Place, seconds
-from peers import CLIPPED, NORMS, OURS, PLAIN, SYSTEMS, Problem
+from peers import CLIPPED, FLOOR, INTO, NORMS, OURS, PLAIN, SYSTEMS, Problem
 from samplewise.factors import Factor
 from samplewise.quantities import Record
 from samplewise.recording import Recording
@@ -25,8 +26,10 @@ from samplewise.streaming import _run
 from samplewise.sums import Store
 from workloads import WORKLOADS
 
-ACTIVATIONS, NORMS_ALONE, CLIPPED_ALONE = "activations alone", "norms alone", "clipped sum alone"
-COLUMNS = (ACTIVATIONS, NORMS_ALONE, "limit", NORMS, CLIPPED_ALONE, "limit", CLIPPED)
+ACTIVATIONS = "activations alone"
+# each quantity, and what it is called where it is asked for without a recording
+ALONE = {quantity: f"{quantity} alone" for quantity in (NORMS, CLIPPED, INTO)}
+COLUMNS = (ACTIVATIONS, *(column for quantity in ALONE for column in (ALONE[quantity], "limit", quantity)), FLOOR)
 
 
 def frozen(problem: Problem) -> Problem:
@@ -67,18 +70,30 @@ def clipped_alone(factors: dict[str, Factor], weights: Tensor) -> None:
             factor.weighted_sum(weights)
 
 
+def written_alone(factors: dict[str, Factor], buffers: dict[str, Tensor]) -> None:
+    with unrecorded():
+        for name, factor in factors.items():
+            factor.write(buffers[name])
+
+
 def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dict[str, float]]:
     """The workload's name, the plain step in ms, and the ratio to it of each part: medians of interleaved rounds."""
     problem = place.problem(workload, {})
     ours, weights = SYSTEMS[OURS], SYSTEMS[OURS].methods[NORMS](problem).reciprocal()
     problem = replace(problem, limit=1 / weights.median().item())
     factors = factors_of(ours.prepare(problem, NORMS))
-    parts = {PLAIN: (SYSTEMS[PLAIN], PLAIN), NORMS: (ours, NORMS), CLIPPED: (ours, CLIPPED)}
+    parts = {
+        PLAIN: (SYSTEMS[PLAIN], PLAIN),
+        **{quantity: (ours, quantity) for quantity in ALONE},
+        FLOOR: (SYSTEMS[FLOOR], INTO),
+    }
     ready = {name: system.prepare(problem, quantity) for name, (system, quantity) in parts.items()}
     runs = {name: lambda s=system, q=quantity, p=ready[name]: s.methods[q](p) for name, (system, quantity) in parts.items()}
+    ready[FLOOR] = ready[INTO]
     without = frozen(problem)
     runs[ACTIVATIONS] = lambda: without.total().backward()
-    runs[NORMS_ALONE], runs[CLIPPED_ALONE] = lambda: norms_alone(factors), lambda: clipped_alone(factors, weights)
+    runs[ALONE[NORMS]], runs[ALONE[CLIPPED]] = lambda: norms_alone(factors), lambda: clipped_alone(factors, weights)
+    runs[ALONE[INTO]] = lambda: written_alone(factors, ready[INTO].buffers)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(2 + repeats):
         for name, run in runs.items():
@@ -92,8 +107,10 @@ def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dic
 
 def line(name: str, ms: float, ratios: dict[str, float]) -> str:
     start = ratios[ACTIVATIONS]
-    norms, clipped = start + ratios[NORMS_ALONE], start + ratios[CLIPPED_ALONE]
-    shown = (start, ratios[NORMS_ALONE], norms, ratios[NORMS], ratios[CLIPPED_ALONE], clipped, ratios[CLIPPED])
+    shown = [start]
+    for quantity, alone in ALONE.items():
+        shown += [ratios[alone], start + ratios[alone], ratios[quantity]]
+    shown.append(ratios[FLOOR])
     return f"| {name} ({ms:.0f} ms) | {' | '.join(f'{value:.2f}' for value in shown)} |"
 
 
