@@ -27,16 +27,17 @@ CORE = (
 APPLICATIONS = ("attribution", "privacy", "noise_scale", "cli")
 ALLOWED = {
     "errors": set(),
-    "strategy": set(),
     "buffers": set(),
+    "products": {"buffers"},
+    "strategy": {"products"},
     "factors": set(),
     "joined": {"factors"},
-    "outer": {"buffers", "factors", "strategy"},
-    "pixels": {"buffers", "outer"},
+    "outer": {"buffers", "factors", "products", "strategy"},
+    "pixels": {"buffers", "products"},
     "convolution_costs": {"outer", "pixels", "strategy"},
-    "convolutional": {"buffers", "convolution_costs", "factors", "outer", "pixels", "strategy"},
+    "convolutional": {"buffers", "convolution_costs", "factors", "outer", "pixels", "products", "strategy"},
     "sums": {"buffers", "factors", "outer", "strategy"},
-    "recurrence": {"registry", "running", "strategy"},
+    "recurrence": {"products", "registry", "running"},
     "rules": {
         "axes",
         "buffers",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import samplewise as sw
-from samplewise import buffers, strategy
+from samplewise import buffers, products, strategy
 from samplewise.factors import Dense
 from samplewise.strategy import STRATEGIES, Rates
 from samplewise.sums import Store
@@ -200,7 +200,7 @@ def test_measuring_can_be_switched_off(cache, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("small", [0.0, 1e9])
 def test_repeated_products_by_either_library(monkeypatch: pytest.MonkeyPatch, small: float, *, bias: bool) -> None:
-    monkeypatch.setattr(strategy, "_SMALL_PRODUCT", small)
+    monkeypatch.setattr(products, "_SMALL_PRODUCT", small)
     rows, weight, addend = torch.randn(5, 7), torch.randn(9, 7), torch.randn(5, 9)
     b = torch.randn(9) if bias else None
     before = addend.clone()
@@ -208,8 +208,8 @@ def test_repeated_products_by_either_library(monkeypatch: pytest.MonkeyPatch, sm
         wanted = torch.nn.functional.linear(rows, weight, b)
         # a transposed weight too, as backward passes have it
         for w in (weight, weight.t().contiguous().t()):
-            product = strategy.RepeatedProduct(w, 5, b)
-            assert (product._packed is None) == (small > 0 or not strategy.has_onednn(weight))
+            product = products.RepeatedProduct(w, 5, b)
+            assert (product._packed is None) == (small > 0 or not products.has_onednn(weight))
             torch.testing.assert_close(product.of(rows), wanted)
             torch.testing.assert_close(product.plus(rows, addend), wanted + addend)
     assert torch.equal(addend, before)
@@ -218,7 +218,7 @@ def test_repeated_products_by_either_library(monkeypatch: pytest.MonkeyPatch, sm
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_in_float32(monkeypatch: pytest.MonkeyPatch, kind: type[nn.RNNBase]) -> None:
     """Whose products are oneDNN's, where there is one; the loop runs torch's own layer in float64."""
-    monkeypatch.setattr(strategy, "_SMALL_PRODUCT", 0.0)
+    monkeypatch.setattr(products, "_SMALL_PRODUCT", 0.0)
     torch.manual_seed(0)
     model, x = kind(3, 5, bidirectional=True, batch_first=True), torch.randn(4, 6, 3)
     grads = sw.per_sample_grads(model, lambda m, batch: m(batch)[0].square().sum((1, 2)), x)

@@ -11,8 +11,9 @@ from torch import Size, Tensor
 from .buffers import scratch
 from .convolution_costs import LANES, Ways, is_pointwise, ways
 from .factors import Dense, Factor, chunk_size, squares, wide
-from .outer import Outer, bmm, gram_norms
+from .outer import Outer, gram_norms
 from .pixels import Geometry, patch_grams, samples_last
+from .products import bmm
 from .strategy import current, rates
 
 # (what for, shape, of which type) -> memory to write into

@@ -9,7 +9,8 @@ from torch import Size, Tensor
 
 from .buffers import scratch
 from .factors import Dense, Factor, chunk_size, squares, wide
-from .strategy import Rates, current, has_onednn, onednn_linear, rates
+from .products import bmm, has_onednn, onednn_linear
+from .strategy import Rates, current, rates
 
 # Below it, in flop, the call itself costs more than the product.
 _SMALL_PRODUCT = 1e8
@@ -216,13 +217,6 @@ def _block(t: int) -> int:
     if t <= 96:
         return max(t, 1) if t <= 32 else math.ceil(t / 2)
     return 48 if t < 512 else 128
-
-
-def bmm(a: Tensor, b: Tensor, slot: str) -> Tensor:
-    """A batched product, into memory that the slot's next one overwrites."""
-    if torch.is_grad_enabled():
-        return a @ b
-    return torch.bmm(a, b, out=scratch(slot, (a.shape[0], a.shape[1], b.shape[2]), a))
 
 
 def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .buffers import scratch
-from .outer import bmm
+from .products import bmm
 
 Slices = tuple[slice, ...]
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .products import RepeatedProduct
 from .registry import opaque
 from .running import modes, unrecorded
-from .strategy import RepeatedProduct
 
 # Everything that the steps leave behind for the backward, the states h `(t + 1, n, h)` first.
 Memory = tuple[Tensor, ...]

@@ -14,6 +14,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from .products import has_onednn, onednn_linear
+
 STRATEGIES = ("auto", "gram", "tile", "store")
 # Gradients that stay below it in all are stored whenever that saves time; larger ones only where it saves memory too.
 MEMORY_BUDGET = 32 * 2**20
@@ -87,8 +89,6 @@ class Rates:
 # Of a server CPU with two threads, and of an H200 (arithmetic, not measured); `calibrate` measures.
 _UNMEASURED = {"cpu": Rates(180e9, 300e9, 0.0, 40e9), "cuda": Rates(40e12, 20e12, 0.0, 4e12)}
 _HALF_SPEEDUP = 10
-# In flop: below it oneDNN's calls cost more than the product.
-_SMALL_PRODUCT = 4e6
 Key = tuple[torch.device, torch.dtype, int]
 _MEASURED: dict[Key, Rates] = {}
 
@@ -184,42 +184,6 @@ def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 9) 
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[2:])
-
-
-def has_onednn(like: Tensor) -> bool:
-    """Whether oneDNN has a linear layer for tensors of this device and dtype."""
-    known = like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`input @ weight.T + bias` of two matrices by oneDNN."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # noqa: SLF001
-    return product
-
-
-class RepeatedProduct:
-    """`rows @ weight.T + bias` for many small matrices, for which oneDNN wants the weight in another order: a third to all of the time."""
-
-    def __init__(self, weight: Tensor, rows: int, bias: Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
-        packs = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and has_onednn(weight)
-        worth = 2 * rows * weight.numel() > _SMALL_PRODUCT
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows) if packs and worth else None  # noqa: SLF001
-
-    def of(self, rows: Tensor) -> Tensor:
-        """The product."""
-        if self._packed is None:
-            return torch.nn.functional.linear(rows, self._weight, self._bias)
-        return onednn_linear(rows, self._packed, self._bias)
-
-    def plus(self, rows: Tensor, addend: Tensor) -> Tensor:
-        """The product and a matrix."""
-        if self._packed is None:
-            product = torch.addmm(addend, rows, self._weight.t())
-            return product if self._bias is None else product.add_(self._bias)
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, addend, self._packed, self._bias, "add")  # noqa: SLF001
-        return total
 
 
 # --- keeping ----------------------------------------------------------------------------------------------------------------
