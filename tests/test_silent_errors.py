@@ -395,6 +395,22 @@ def test_packed_sequences(cell: type[nn.RNNBase], lengths: list[int]) -> None:
         torch.testing.assert_close(rows, torch.stack([row[name] for row in wanted]))
 
 
+@pytest.mark.parametrize(
+    "after", [nn.LSTM(4, 5), nn.GRU(4, 5, batch_first=True), nn.MultiheadAttention(4, 2, batch_first=True)]
+)
+def test_a_group_norm_whose_gradient_comes_time_first(after: nn.Module) -> None:
+    """The attention block of a U-Net, and convolutions before a recurrent layer: the kernel reads its gradient as contiguous."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        tokens = m.norm(m.conv(x)).transpose(1, 2)
+        if isinstance(after, nn.MultiheadAttention):
+            return m.after(tokens, tokens, tokens)[0]
+        return m.after(tokens)[0] if after.batch_first else m.after(tokens.transpose(0, 1))[0].transpose(0, 1)
+
+    net = Net(forward, conv=nn.Conv1d(2, 4, 3, padding=1), norm=nn.GroupNorm(2, 4), after=after)
+    assert exact(net, x(N, 2, 6))
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_embedding_bag_with_repeated_ids(mode: str) -> None:
     """Opacus: wrong for repeated ids, and for mode="max"."""

@@ -101,7 +101,8 @@ def group_norm(
     # the op's own backward, for one image with the channels of all samples
     n, c, t = grad.shape[0], grad.shape[1], math.prod(grad.shape[2:])
     mean, rstd = (x.reshape(1, n * num_groups) for x in statistics)
-    one, x, g = mean.new_ones(n * c), input.reshape(1, n * c, t), grad.reshape(1, n * c, t)
+    # a reshape may be a view in another memory order, which autograd would not hand to the kernel
+    one, (x, g) = mean.new_ones(n * c), (y.reshape(1, n * c, t).contiguous() for y in (input, grad))
     sizes = (1, n * c, t, n * num_groups)
 
     _, scale, shift = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, one, *sizes, [False, True, True])
