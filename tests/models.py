@@ -534,6 +534,52 @@ class Seq2Seq(nn.Module):
         return torch.stack(logits, 1)
 
 
+class GreedyDecoder(nn.Module):
+    """Begins with a token that is the same for all samples, and goes on with what it finds most likely."""
+
+    def __init__(self, kind, h=4):
+        super().__init__()
+        self.table, self.encoder = nn.Embedding(7, 3), kind(3, h, batch_first=True)
+        self.decoder, self.out = kind(3, h, batch_first=True), nn.Linear(h, 7)
+
+    def forward(self, source):
+        _, state = self.encoder(self.table(source))
+        token, logits = torch.full((len(source), 1), 1), []
+        for _ in range(3):
+            step, state = self.decoder(self.table(token), state)
+            logits.append(self.out(step))
+            token = logits[-1].argmax(-1)
+        return torch.cat(logits, 1)
+
+
+class SequenceAutoencoder(nn.Module):
+    def __init__(self, kind, h=4):
+        super().__init__()
+        self.encoder, self.decoder, self.out = kind(4, h, batch_first=True), kind(4, h, batch_first=True), nn.Linear(h, 4)
+
+    def forward(self, x):
+        _, state = self.encoder(x)
+        return self.out(self.decoder(x.new_ones(x.shape), state)[0])
+
+
+class LearnedPlanes(nn.Module):
+    """Features of points looked up in learned planes, then in the nearest of learned codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.planes, self.codes, self.knots = (
+            nn.Parameter(torch.randn(1, 4, 3, 3)),
+            nn.Parameter(torch.randn(5, 4)),
+            nn.Embedding(9, 4),
+        )
+
+    def forward(self, points):
+        n = len(points)
+        found = F.grid_sample(self.planes.expand(n, -1, -1, -1), points.tanh()[:, :, None], align_corners=False)[..., 0].mT
+        near = torch.cdist(found, self.codes.expand(n, 5, 4)).softmax(-1) @ self.codes
+        return near + self.knots(torch.searchsorted(torch.linspace(-1, 1, 8, dtype=points.dtype), points[..., 0].contiguous()))
+
+
 class Translator(nn.Module):
     def __init__(self, d=4):
         super().__init__()
@@ -1616,6 +1662,16 @@ MODELS = {
         LSTMLanguageModel, (SOURCES, LENGTHS), "packed sequences, tied head, padding_idx", losses=masked_next_token
     ),
     "GRU with attention": Model(Seq2Seq, (SOURCES, ints(7, N, N)), "teacher forcing in a loop, masked attention"),
+    "greedy decoder, GRU": Model(
+        lambda: GreedyDecoder(nn.GRU), (SOURCES,), "starts with one token for all, the encoder's state"
+    ),
+    "greedy decoder, LSTM": Model(
+        lambda: GreedyDecoder(nn.LSTM), (SOURCES,), "starts with one token for all, the encoder's states"
+    ),
+    "sequence autoencoder": Model(lambda: SequenceAutoencoder(nn.LSTM), (normal(N, N, 4),), "a decoder whose input is ones"),
+    "learned planes": Model(
+        LearnedPlanes, (normal(N, N, 2),), "parameters expanded over the batch, `grid_sample`, `searchsorted`"
+    ),
     "Transformer": Model(Translator, (SOURCES, ints(7, N, 4)), "encoder and decoder, causal and padding masks"),
     "relative positions": Model(RelativeAttention, (normal(N, N, 4),), "attention bias looked up by distance, T equal to n"),
     "Llama block": Model(Rotary, (normal(N, 5, 8),), "rotary positions, grouped queries, RMS norm, gated MLP"),

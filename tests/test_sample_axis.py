@@ -497,6 +497,8 @@ def along(data: st.DataObject, x: Tensor) -> Op:
         lambda t: torch.histc(t, 3),
         torch.combinations,
         lambda t: torch.bucketize(t, torch.zeros(2, dtype=t.dtype)),
+        lambda t: torch.searchsorted(torch.zeros(2, dtype=t.dtype), t),
+        lambda t: torch.searchsorted(t.sort(-1)[0].contiguous(), t.cos().contiguous()),
     ]
     return one_of(data, choices)
 
@@ -937,6 +939,10 @@ PLAIN: dict[str, tuple[list[int], Axis, Op]] = {
     "attention merged": ([N * 2, T, D], Axis(0, 1, 2), lambda x: F.scaled_dot_product_attention(x, x, x)),
     "cosine": (*FIRST, lambda x: F.cosine_similarity(x, x + 1, dim=-1)),
     "cdist": (*FIRST, lambda x: torch.cdist(x, x)),
+    "searchsorted": (*FIRST, lambda x: torch.searchsorted(torch.linspace(-1, 1, D, dtype=x.dtype), x)),
+    "searchsorted merged": (*MERGED, lambda x: torch.searchsorted(torch.linspace(-1, 1, D, dtype=x.dtype), x, right=True)),
+    "searchsorted by name": (*FIRST, lambda x: torch.searchsorted(input=x, sorted_sequence=torch.zeros(2, dtype=x.dtype))),
+    "searchsorted own": (*FIRST, lambda x: torch.searchsorted(x.sort(-1)[0], x[..., :2])),
     "tril": (*FIRST, lambda x: x.tril()),
     "max const": (*FIRST, lambda x: torch.max(x, torch.zeros(1, dtype=x.dtype))),
     "where": (*FIRST, lambda x: torch.where(x > 0, x, 0.0)),

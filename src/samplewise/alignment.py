@@ -148,6 +148,17 @@ def solved(call: Call, out: Tensor) -> Where:
     return Lost(call.name) if places or axis.dim >= ndim - 2 else axis
 
 
+def searched(call: Call, out: Tensor) -> Where:
+    """Places in one sorted row that is the same for all samples, or in each one's own rows."""
+    edges, axes = call.get(0, "sorted_sequence"), [call.where(x) for x in call.tensors]
+    if edges.ndim == 1 and call.where(edges) is None:
+        (_, where), *others = call.placed()
+        return Lost(call.name) if others else where
+    # without broadcasting: all operands have the leading dims of the result
+    (first, *_), alike = axes, len(set(axes)) == 1
+    return first if alike and isinstance(first, Axis) and first.dim < out.ndim - 1 else Lost(call.name)
+
+
 def distances(call: Call, out: Tensor) -> Where:
     """`cdist`: rows of the first, `(..., p, d)`, against rows of the second, `(..., r, d)`."""
     placed = call.placed()

@@ -203,6 +203,14 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
     return entered
 
 
+def spreads(recording: Recorder, tensor: Tensor, like: Tensor, axis: Axis) -> bool:
+    """Whether a shared tensor was expanded over the samples, from one row for all of them, as `like` has them on `axis`."""
+    kind = recording.kind(tensor)
+    own = tensor.ndim == like.ndim and tensor.shape[axis.dim] == like.shape[axis.dim]
+    origin = kind.unexpanded if own and isinstance(kind, Shared) else None
+    return origin is not None and _expands_along(origin, tensor, axis.dim)
+
+
 def _like_a_number(call: Call, value: Tensor) -> Tensor:
     """A tensor without dims does not decide the type of a result; with a row for each sample it would."""
     others = [x.dtype for x in call.tensors if x.ndim and x.is_floating_point()]

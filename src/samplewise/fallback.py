@@ -1,6 +1,6 @@
 """An op without a rule: run sample by sample, each on its own copy of the parameter, vectorised where possible."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .axes import Axis, Call
 from .collecting import Source, Use
-from .entering import Function, Recorder, names_of, replaced, source_of
+from .entering import Function, Recorder, enter, names_of, replaced, source_of, spreads
 from .errors import MixedSamplesError, UnsupportedOpError
 from .factors import Dense, Factor
 from .registry import Operation
@@ -16,6 +16,9 @@ from .taps import Enter, Grads, seen
 
 # what these do cannot be seen from a sample's own tensors
 OF_MEMORY = frozenset({"as_strided", "as_strided_scatter", "as_strided_copy"})
+
+
+_CANNOT_RUN = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
@@ -32,16 +35,6 @@ def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, sh
             f"{call.name}: addresses memory, not axes, so what it does to one sample of {names_of(recording, shared)} is not known. Use "
             "an op on axes (narrow, unfold, slice_scatter)."
         )
-    copies = [_copies(recording, call, x) for x in shared]
-    batched = [(x, axis) for x, axis in call.placed()]
-    _refuse_ragged(recording, call, shared)
-    stacks = [_per_sample(x, axis, call.n) for x, axis in batched]
-
-    def one(*pieces: Tensor) -> Any:
-        new = dict(zip([id(x) for x in [*shared, *(x for x, _ in batched)]], pieces, strict=True))
-        args, kwargs = replaced(call, new)
-        return func(*args, **kwargs)
-
     with torch.no_grad():
         plain = func(*call.args, **call.kwargs)
     if not isinstance(plain, Tensor):
@@ -49,11 +42,45 @@ def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, sh
             f"{call.name}: has no rule for {names_of(recording, shared)}, and the fallback runs ops with one tensor as result only. "
             "Register a rule with `samplewise.rule`, or compute the same from other ops."
         )
-    try:
-        each = torch.func.vmap(one, randomness="different")(*copies, *stacks)
-    except (RuntimeError, ValueError, NotImplementedError, IndexError, TypeError, AssertionError):
-        each = _looped(recording, call, one, [*copies, *stacks], shared)
+    _refuse_ragged(recording, call, shared)
+    rows = [x for x in shared if spreads(recording, x, *call.placed()[0])]
+    if rows and not _takes_whole(recording, func, call, shared, plain):
+        return _row_by_row(recording, func, call, rows)
+    each = _each(recording, func, call, {id(x): _copies(recording, call, x) for x in shared}, shared)
     return _joined(recording, call, plain, each, shared)
+
+
+def _each(recording: Recorder, func: Function, call: Call, copies: Mapping[int, Tensor], shared: list[Tensor]) -> Tensor:
+    """The op's results for each sample alone, `(n, *shape)`."""
+    pieces = {**copies, **{id(x): _per_sample(x, axis, call.n) for x, axis in call.placed()}}
+
+    def one(*tensors: Tensor) -> Any:
+        args, kwargs = replaced(call, dict(zip(pieces, tensors, strict=True)))
+        return func(*args, **kwargs)
+
+    try:
+        each: Tensor = torch.func.vmap(one, randomness="different")(*pieces.values())
+    except _CANNOT_RUN:
+        each = _looped(recording, call, one, list(pieces.values()), shared)
+    return each
+
+
+def _takes_whole(recording: Recorder, func: Function, call: Call, shared: list[Tensor], plain: Tensor) -> bool:
+    """Whether the op does for each sample alone, with all of the shared tensors, what it does for the batch."""
+    copies = {id(x): x.detach().expand(call.n, *x.shape) for x in shared}
+    try:
+        with torch.no_grad():
+            return _put_together(call, plain, _each(recording, func, call, copies, shared)) is not None
+    except MixedSamplesError:
+        return False
+
+
+def _row_by_row(recording: Recorder, func: Function, call: Call, shared: list[Tensor]) -> Any:
+    """The op with shared tensors that were expanded over the samples as batched ones."""
+    _, axis = call.placed()[0]
+    args, kwargs = replaced(call, {id(x): enter(recording, call, x, axis, x.ndim, x.shape[axis.dim]) for x in shared})
+    with recording:
+        return func(*args, **kwargs)
 
 
 def _in_two_steps(recording: Recorder, op: Operation, call: Call) -> Tensor:
@@ -74,7 +101,7 @@ def _in_two_steps(recording: Recorder, op: Operation, call: Call) -> Tensor:
 def _looped(recording: Recorder, call: Call, one: Callable[..., Tensor], stacks: list[Tensor], shared: list[Tensor]) -> Tensor:
     try:
         return torch.stack([one(*pieces) for pieces in zip(*stacks, strict=True)])
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+    except _CANNOT_RUN as error:
         raise MixedSamplesError(
             f"{call.name}: cannot be run sample by sample ({error}), so the gradient of {names_of(recording, shared)} cannot be split "
             "over samples. Move the sample axis to a place that the op keeps, or register a rule with `samplewise.rule`."
@@ -112,6 +139,19 @@ def _per_sample(x: Tensor, axis: Axis, n: int) -> Tensor:
 
 def _joined(recording: Recorder, call: Call, plain: Tensor, each: Tensor, shared: list[Tensor]) -> Tensor:
     """The samples' results put together as the op itself would; refused where they are not the op's."""
+    found = _put_together(call, plain, each)
+    if found is None:
+        raise MixedSamplesError(
+            f"{call.name}: run sample by sample it gives something else than on the batch (shapes {tuple(each.shape)} and "
+            f"{tuple(plain.shape)}), so the gradient of {names_of(recording, shared)} cannot be split over samples. Use an op that "
+            "treats samples alike (for a loss, reduction='none'), or register a rule with `samplewise.rule`."
+        )
+    out, axis = found
+    recording.declare(out, axis)
+    return out
+
+
+def _put_together(call: Call, plain: Tensor, each: Tensor) -> tuple[Tensor, Axis] | None:
     differ = [d for d in range(plain.ndim) if plain.shape[d] != each.shape[d + 1]] if plain.ndim == each.ndim - 1 else []
     (dim,) = differ if len(differ) == 1 else (0,)
     for outer in sorted({1, *(axis.outer for _, axis in call.placed())}) if len(differ) == 1 else ():
@@ -122,14 +162,8 @@ def _joined(recording: Recorder, call: Call, plain: Tensor, each: Tensor, shared
         out: Tensor = each.unflatten(dim + 1, (outer, rows // outer)).movedim(0, dim + 1).flatten(dim, dim + 2)
         if out.shape == plain.shape and _alike(out.detach(), plain):
             # in the memory order of the op's own result: a `view` may follow
-            out = out.contiguous() if plain.is_contiguous() else out
-            recording.declare(out, Axis(dim, outer, rows // outer))
-            return out
-    raise MixedSamplesError(
-        f"{call.name}: run sample by sample it gives something else than on the batch (shapes {tuple(each.shape)} and "
-        f"{tuple(plain.shape)}), so the gradient of {names_of(recording, shared)} cannot be split over samples. Use an op that "
-        "treats samples alike (for a loss, reduction='none'), or register a rule with `samplewise.rule`."
-    )
+            return (out.contiguous() if plain.is_contiguous() else out), Axis(dim, outer, rows // outer)
+    return None
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

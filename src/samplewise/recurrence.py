@@ -71,6 +71,11 @@ class Order:
         return states
 
 
+def is_shared(x: Tensor) -> bool:
+    """Whether a tensor is the same for all samples, as a recording knows it."""
+    return any(mode.where(x) is None for mode in modes() if hasattr(mode, "where"))
+
+
 def can_scan(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
     """Whether the scan's own backward will do: one real type, and no derivative of it."""
     types = {tensor.dtype for tensor in (x, *states, *weights) if tensor is not None}

@@ -73,6 +73,9 @@ def _direction(
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     assert w_ih is not None
     assert w_hh is not None
+    if recurrence.is_shared(x):
+        # the first token of a decoder, whose states are an encoder's
+        x = x + torch.zeros_like(states[0][..., :1], dtype=x.dtype)
     x = F.linear(x, w_ih, b_ih)
     # states given as constants begin to depend on the samples here, not at the first product with a weight
     states = tuple(h + torch.zeros_like(x[0][..., :1]) for h in states)
