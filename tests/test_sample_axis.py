@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import samplewise
 from samplewise.errors import SamplewiseError
 from samplewise.recording import Recording
 from samplewise.sample_axis import Axis, Lost
@@ -957,3 +958,27 @@ PLAIN: dict[str, tuple[list[int], Axis, Op]] = {
     ),
     "new_zeros": (*FIRST, lambda x: torch.cat([x.new_zeros(N, 1, D), x], 1)),
 }
+
+
+_ZEROS = torch.zeros(D, N, dtype=torch.int64)
+# losses that take features over the axis on which the samples lie: their totals are no sums of samples
+TAKEN_OVER_SAMPLES = {
+    "triplet": lambda x: F.triplet_margin_loss(x, x.cos(), x.sin()),
+    "triplet sum": lambda x: F.triplet_margin_loss(x, x.cos(), x.sin(), reduction="sum"),
+    "cosine embedding": lambda x: F.cosine_embedding_loss(x, x.cos(), torch.ones(D)),
+    "multi margin": lambda x: F.multi_margin_loss(x, _ZEROS[:, 0]),
+    "multilabel margin": lambda x: F.multilabel_margin_loss(x, _ZEROS),
+    "multilabel margin, one row": lambda x: F.multilabel_margin_loss(x[0], _ZEROS[0]),
+    "cross entropy": lambda x: F.cross_entropy(x, _ZEROS[:, 0]),
+    "cross entropy, one row": lambda x: F.cross_entropy(x[0], _ZEROS[0, 0]),
+    "ctc in time": lambda x: F.ctc_loss(x.T[:, None].log_softmax(-1), torch.ones(1, 2), [N], [2]),
+    "mse across": lambda x: F.mse_loss(x[:N], x[:N].T),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_OVER_SAMPLES)
+def test_totals_of_losses_across_samples_are_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(2, D).double()
+    with samplewise.record(model), pytest.raises(SamplewiseError):
+        TAKEN_OVER_SAMPLES[name](model(filled([N, 2])).T).backward()

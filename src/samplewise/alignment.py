@@ -129,12 +129,14 @@ def convolved(dims: int, *, groups: int) -> Several:
 
 def ctc(call: Call, out: Tensor) -> Where:
     """`ctc_loss(log_probs (t, n, c), targets, input_lengths, target_lengths)`."""
-    if out.ndim == 0:
-        return Lost(call.name, linear=True)
     log_probs, targets = call.args[0], call.get(1, "targets")
     axis, labels = call.where(log_probs), call.where(targets)
-    fits = isinstance(axis, Axis) and axis.dim == 1 and (labels is None or (targets.ndim == 2 and labels == axis.at(0)))
-    return Axis(0) if fits else Lost(call.name)
+    if not isinstance(axis, Axis) or axis.dim != 1 or log_probs.ndim != 3:
+        return Lost(call.name)
+    if out.ndim == 0:
+        # targets may come one after the other
+        return Lost(call.name, linear=not isinstance(labels, Lost))
+    return Axis(0) if labels is None or (targets.ndim == 2 and labels == axis.at(0)) else Lost(call.name)
 
 
 def solved(call: Call, out: Tensor) -> Where:
@@ -380,9 +382,7 @@ def _consumed(item: object) -> int:
 def elementwise_loss(reduction: int, *, gone: int | None = None) -> Several:
     """A loss per element; `reduction` is the position of its reduction code (0 none, 1 mean, 2 sum)."""
 
-    def move(call: Call, out: Tensor) -> Where:
-        if call.get(reduction, "reduction", 1) != 0:
-            return Lost(call.name, linear=True)
+    def each(call: Call, out: Tensor) -> Where:
         x = call.placed()[0][0]
         if gone is None or x.ndim < 2:
             return broadcast(call, out)
@@ -391,15 +391,24 @@ def elementwise_loss(reduction: int, *, gone: int | None = None) -> Several:
         kept = all(y.ndim < x.ndim or axis.dim != gone % x.ndim for y, axis in call.placed())
         return axes.pop() if len(axes) == 1 and kept else Lost(call.name)
 
+    def move(call: Call, out: Tensor) -> Where:
+        if call.get(reduction, "reduction", 1) == 0:
+            return each(call, out)
+        return _total(call, each(call, out.new_empty([1] * max(x.ndim for x in call.tensors))))
+
     return move
 
 
 def margin_loss(call: Call, out: Tensor) -> Where:
     """A loss per row of `(n, c)`."""
-    if out.ndim != 1:
-        return Lost(call.name, linear=True)
-    axes = {axis for _, axis in call.placed()}
-    return axes.pop() if len(axes) == 1 and all(axis.dim == 0 for axis in axes) else Lost(call.name)
+    (axis, *others) = {axis for _, axis in call.placed()}
+    each = axis if not others and axis.dim == 0 and call.args[0].ndim == 2 else Lost(call.name)
+    return each if out.ndim == 1 else _total(call, each)
+
+
+def _total(call: Call, each: Where) -> Lost:
+    """A sum or mean of losses, whose samples still come apart if those of the losses do."""
+    return Lost(call.name, linear=isinstance(each, Axis))
 
 
 def class_loss(call: Call, _: Tensor) -> Where:
@@ -412,16 +421,14 @@ def class_loss(call: Call, _: Tensor) -> Where:
     classes = 1 if logits.ndim > 1 else 0
     if isinstance(axis, Axis) and axis.dim == classes:
         return Lost(call.name)
-    if call.get(3, "reduction", 1) != 0:
-        ignored = not target.is_floating_point() and bool((target == call.get(4, "ignore_index", -100)).any())
-        mean = call.get(3, "reduction", 1) == 1
-        return Lost(call.name, linear=True, uniform=not (mean and (weight is not None or ignored)))
-    if not isinstance(axis, Axis):
-        return call.placed()[0][1]
-    where, labels = without(axis, [classes]), call.where(target)
-    if isinstance(labels, Axis) and labels != (axis if target.is_floating_point() else where):
+    where, labels = without(axis, [classes]) if isinstance(axis, Axis) else call.placed()[0][1], call.where(target)
+    if isinstance(axis, Axis) and isinstance(labels, Axis) and labels != (axis if target.is_floating_point() else where):
         raise SampleAxisError(_conflict(call, logits, target))
-    return where
+    if call.get(3, "reduction", 1) == 0:
+        return where
+    ignored = not target.is_floating_point() and bool((target == call.get(4, "ignore_index", -100)).any())
+    mean = call.get(3, "reduction", 1) == 1
+    return Lost(call.name, linear=True, uniform=not (mean and (weight is not None or ignored)))
 
 
 def similarity(call: Call, out: Tensor) -> Where:
