@@ -64,7 +64,7 @@ def _conflict(call: Call, a: Tensor, b: Tensor) -> str:
     return (
         f"{call.name}: the sample axes of two operands fall on different places after broadcasting: {show(a)} and {show(b)}. "
         "If one of them does not depend on the samples (a mask or table made outside the model), say so with "
-        "`rec.constant(tensor)`; if its samples lie on another axis, with `rec.batched(tensor, dim)`."
+        "`rec.constant(tensor)`; if its samples lie on another axis, with `rec.batched(tensor, dim)` (`rec` from `samplewise.record`)."
     )
 
 

@@ -118,7 +118,7 @@ class Record:
             raise SampleAxisError(
                 f"backward: the losses have the right shape, ({n},), but the recording cannot tell that entry i belongs to sample i: "
                 f"{found}. Compute the losses from the model's output inside the recording and keep the samples apart; a table or mask "
-                "of n entries made outside is declared by `rec.constant`."
+                "of n entries made outside is declared by `rec.constant` (`rec` from `samplewise.record`)."
             )
 
     # --- quantities ---------------------------------------------------------------------------------------------------------
