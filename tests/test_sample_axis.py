@@ -973,7 +973,20 @@ TAKEN_OVER_SAMPLES = {
     "cross entropy, one row": lambda x: F.cross_entropy(x[0], _ZEROS[0, 0]),
     "ctc in time": lambda x: F.ctc_loss(x.T[:, None].log_softmax(-1), torch.ones(1, 2), [N], [2]),
     "mse across": lambda x: F.mse_loss(x[:N], x[:N].T),
+    "cosine embedding of one row": lambda x: F.cosine_embedding_loss(x[0], x[1], torch.ones(())),
+    "triplet of one row": lambda x: F.triplet_margin_loss(x[0], x[1], x[2]),
+    "entries of a buffer": lambda x: _filled_up(x.sum(), x.sum() ** 2).sum(),
+    "pairs of samples, gated": lambda x: ((x[:, 1:] - x[:, :-1]) * (x[:, 1:] > x[:, :-1])).sum(),
+    "an axis as a tensor": lambda x: (x[:N] * x[:N].transpose(torch.tensor(0), torch.tensor(1))).sum(),
+    "a flipped axis as a tensor": lambda x: x.sum(torch.tensor(1)).square().sum(),
 }
+
+
+def _filled_up(*values: Tensor) -> Tensor:
+    buffer = torch.zeros(len(values), dtype=values[0].dtype)
+    for k, value in enumerate(values):
+        buffer[k] = value
+    return buffer
 
 
 @pytest.mark.parametrize("name", TAKEN_OVER_SAMPLES)

@@ -384,6 +384,9 @@ def elementwise_loss(reduction: int, *, gone: int | None = None) -> Several:
 
     def each(call: Call, out: Tensor) -> Where:
         x = call.placed()[0][0]
+        if gone is not None and max(y.ndim for y in call.tensors) < 2:
+            # the features of one loss
+            return Lost(call.name)
         if gone is None or x.ndim < 2:
             return broadcast(call, out)
         # the target has the dim that goes no longer

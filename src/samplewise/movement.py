@@ -140,8 +140,8 @@ def reduced(position: int = 1, default: int | None = None) -> Single:
     def move(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
         dims = call.get(position, "dim", call.kwargs.get("other", default))
         if isinstance(dims, Tensor):
-            # torch.max(x, other) and its like are elementwise
-            return axis.at(axis.dim + out.ndim - x.ndim)
+            # torch takes a tensor for a number
+            return Lost(call.name)
         gone = _dims(x, None if isinstance(dims, bool) else dims)
         if axis.dim in gone:
             return Lost(call.name, linear=call.name in {"sum", "mean"})

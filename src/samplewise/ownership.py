@@ -274,9 +274,12 @@ def written(call: Call) -> Where | None:
     if call.n <= 1 and any(call.where(x) for x in (target, value) if isinstance(x, Tensor)):
         return whole(target)
     wheres = [call.where(x) for x in call.tensors]
-    lost = [call.where(x) for x in (target, value) if isinstance(x, Tensor) and isinstance(call.where(x), Lost)]
+    lost = [where for x in (target, value) if isinstance(x, Tensor) and isinstance(where := call.where(x), Lost)]
     if lost:
-        return lost[0]
+        others = [where for x in tensors_in((target, value)) if (where := call.where(x)) is not None]
+        plain = not any(call.where(x) for x in tensors_in((index,)))
+        linear = plain and all(isinstance(where, Lost) and where.linear for where in others)
+        return replace(lost[0], linear=linear, uniform=all(isinstance(where, Lost) and where.uniform for where in others))
     if not any(wheres):
         return None
     return _assigned(call, target, index, value, adds=False)

@@ -88,7 +88,8 @@ def _plain_kind(value: Tensor, kind: object, parameters: Container[int]) -> obje
         return kind if kind.ragged is None and kind.chosen is None else None
     if isinstance(kind, Shared):
         return Shared if id(value) in parameters else None
-    return kind if kind == CONSTANT else None
+    # a number given as a tensor may be an axis, and its value would count
+    return kind if kind == CONSTANT and (value.ndim or value.is_floating_point()) else None
 
 
 def recall(key: Hashable | None) -> tuple[object, ...] | None:

@@ -127,6 +127,9 @@ def _move(call: Call, out: Tensor) -> Where:
         return contraction(call, out)
     if name in SEVERAL:
         return SEVERAL[name](call, out)
+    if name in SINGLE and name not in KEEPS | SIZED and any(_is_number(y) for y in call.tensors if call.where(y) is None):
+        # an axis, given as a tensor
+        return Lost(call.name)
     if name in SINGLE and x is call.tensors[0] and len(call.placed()) == 1:
         where = SINGLE[name](call, x, axis, out)
         return _sorted(call, x, out) if isinstance(where, Lost) and name in {"sort", "argsort"} else where
@@ -143,6 +146,10 @@ def _sorted(call: Call, x: Tensor, out: Tensor) -> Lost:
     return Lost(call.name, order=object() if places else None, keys=tuple(x[out].tolist()) if places and whole else None)
 
 
+def _is_number(x: Tensor) -> bool:
+    return x.ndim == 0 and not x.is_floating_point() and not x.is_complex()
+
+
 def _still_lost(call: Call, lost: list[Lost], out: Tensor) -> Lost:
     """What arithmetic on a total leaves: sums and scalings stay linear in the samples, anything else does not."""
     carrying = [x for x in call.tensors if x.requires_grad]
@@ -152,7 +159,9 @@ def _still_lost(call: Call, lost: list[Lost], out: Tensor) -> Lost:
     uniform = all(item.uniform for item in lost)
     linear = all(isinstance(where, Lost) and where.linear for where in wheres) and call.name in LINEAR
     if call.name in {"mul", "multiply"}:
-        linear = linear and len(carrying) <= 1
+        # a mask or weights made of the batch
+        others = [x for x in call.tensors if not x.requires_grad and call.where(x)]
+        linear, uniform = linear and len(carrying) <= 1 and all(x.numel() == 1 for x in others), uniform and not others
     if call.name in {"div", "divide", "true_divide"}:
         linear = linear and not any(call.get(1, "other") is x for x in carrying)
         # the sum of losses by the sum of a mask: how much a sample weighs depends on the others
@@ -357,6 +366,10 @@ MOVES = frozenset(
     """view reshape flatten unflatten ravel permute transpose swapaxes swapdims t mT T H mH adjoint movedim moveaxis squeeze unsqueeze
     select narrow split split_with_sizes chunk tensor_split unbind contiguous clone to float double half bfloat16 type alias view_as
     diagonal flip detach""".split()
+)
+# What these take are sizes: the shape of the result tells.
+SIZED = frozenset(
+    "view reshape unflatten view_as reshape_as unsafe_view expand broadcast_to repeat tile repeat_interleave".split()
 )
 EXPANDS = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 # Their rules know samples on axis 0 only.

@@ -50,7 +50,9 @@ def embedding_bag(
     # a bag is its sample's, where the offsets are the samples'
     own = torch.zeros_like(starts)[:, None]
     index = _in_bags(input, positions) + own
-    kept = (inside.to(input.device) & (index != (-1 if padding_idx is None else padding_idx)))[..., None]
+    # a negative one counts from the end
+    unused = -1 if padding_idx is None else padding_idx % len(weight)
+    kept = (inside.to(input.device) & (index != unused))[..., None]
     rows = torch.embedding(weight, index, -1, scale_grad_by_freq, sparse)
     if per_sample_weights is not None:
         rows = rows * _in_bags(per_sample_weights, positions)[..., None]
