@@ -88,8 +88,9 @@ def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dic
         FLOOR: (SYSTEMS[FLOOR], INTO),
     }
     ready = {name: system.prepare(problem, quantity) for name, (system, quantity) in parts.items()}
-    runs = {name: lambda s=system, q=quantity, p=ready[name]: s.methods[q](p) for name, (system, quantity) in parts.items()}
+    # the same buffers
     ready[FLOOR] = ready[INTO]
+    runs = {name: lambda s=system, q=quantity, p=ready[name]: s.methods[q](p) for name, (system, quantity) in parts.items()}
     without = frozen(problem)
     runs[ACTIVATIONS] = lambda: without.total().backward()
     runs[ALONE[NORMS]], runs[ALONE[CLIPPED]] = lambda: norms_alone(factors), lambda: clipped_alone(factors, weights)
