@@ -412,6 +412,13 @@ def test_a_group_norm_whose_gradient_comes_time_first(after: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_padding_of_an_embedding_bag_counts_from_the_end(mode: str) -> None:
+    """The expansion took a negative `padding_idx` for an id that never comes."""
+    net = Net(lambda m, i: F.embedding_bag(i, m.table, mode=mode, padding_idx=-2), table=x(5, 2))
+    assert exact(net, torch.tensor([[0, 3, 1], [3, 3, 2], [4, 1, 3]]))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_embedding_bag_with_repeated_ids(mode: str) -> None:
     """Opacus: wrong for repeated ids, and for mode="max"."""
     model = seeded(lambda: nn.EmbeddingBag(5, 2, mode=mode))
