@@ -127,7 +127,7 @@ def _move(call: Call, out: Tensor) -> Where:
         return contraction(call, out)
     if name in SEVERAL:
         return SEVERAL[name](call, out)
-    if name in SINGLE and name not in KEEPS | SIZED and any(_is_number(y) for y in call.tensors if call.where(y) is None):
+    if name in SINGLE and name not in _TAKES_NO_AXIS and any(_is_number(y) for y in call.tensors if call.where(y) is None):
         # an axis, given as a tensor
         return Lost(call.name)
     if name in SINGLE and x is call.tensors[0] and len(call.placed()) == 1:
@@ -371,6 +371,7 @@ MOVES = frozenset(
 SIZED = frozenset(
     "view reshape unflatten view_as reshape_as unsafe_view expand broadcast_to repeat tile repeat_interleave".split()
 )
+_TAKES_NO_AXIS = KEEPS | SIZED
 EXPANDS = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 # Their rules know samples on axis 0 only.
 FIRST = frozenset(
