@@ -995,3 +995,16 @@ def test_totals_of_losses_across_samples_are_refused(name: str) -> None:
     model = nn.Linear(2, D).double()
     with samplewise.record(model), pytest.raises(SamplewiseError):
         TAKEN_OVER_SAMPLES[name](model(filled([N, 2])).T).backward()
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3, 0), (3, 0, 4)), ((3, 0, 4), (3, 0)), ((3, 5, 0), (3, 0)), ((3, 0), (0, 4)), ((3, 0), (0,))]
+)
+def test_empty_tensors_are_reshaped(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Where there are no elements the samples stay on an axis that is still there, and are lost with it."""
+    before, after = shapes
+    with Recording(nn.Linear(1, 1), batch_size=3) as recording:
+        x = torch.zeros(before)
+        recording.declare(x, Axis(0))
+        where = recording.where(x.reshape(after))
+    assert where == Axis(0) if after[0] == 3 else isinstance(where, Lost)

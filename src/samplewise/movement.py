@@ -33,6 +33,9 @@ def through_reshape(axis: Axis, n: int, old: Size, new: Size) -> Axis | None:
     """Where the sample axis is after an order-preserving reshape; None where it is lost."""
     step = axis.inner * math.prod(old[axis.dim + 1 :])
     below = 1
+    if not step:
+        # no elements: there is nothing to attribute
+        return axis if old[: axis.dim + 1] == new[: axis.dim + 1] else None
     for dim in reversed(range(len(new))):
         reach = new[dim] * below
         if reach > step:
