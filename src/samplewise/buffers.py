@@ -1,7 +1,7 @@
 """Memory for intermediate results, kept from step to step: fresh memory costs page faults (2 GB/s on a CPU instead of 10-30)."""
 
 import ctypes
-import functools
+import itertools
 import math
 import os
 import sys
@@ -19,6 +19,8 @@ _MOST_SHAPES = 4096
 # What glibc keeps at most, in bytes; its names for that, and the user's.
 _KEPT = 256 * 2**20
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+# Recordings before that is said: what the first ones leave behind for good then lies below what is freed, and not in between.
+_BEFORE = 3
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -38,6 +40,7 @@ class _Slots:
 
 _OWN = threading.local()
 _ALL: weakref.WeakSet[_Slots] = weakref.WeakSet()
+_RECORDINGS = itertools.count()
 
 
 def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -73,17 +76,18 @@ def _shaped(slots: _Slots, key: tuple[object, ...], shape: tuple[int, ...], like
     return found
 
 
-@functools.cache
 def keep_freed_memory(device: str) -> None:
-    """Let glibc keep up to 256 MiB of what a step on the CPU frees for the next one, instead of giving it back to the system; said once.
+    """Let glibc keep up to 256 MiB of what a step on the CPU frees for the next one, instead of giving it back to the system.
 
-    Left alone where the user's environment has settings for it, where the C library is another, and for other types of devices.
+    Said once, at the fourth recording. Left alone where the user's environment has settings for it, where the C library is another, and
+    for other types of devices.
     """
-    libc = _glibc() if device == "cpu" else None
-    if libc is not None and not any(name in os.environ for name in _SETTINGS):
-        # smaller blocks come from the heap, whose end is given back where more than that is free
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+    if device == "cpu" and next(_RECORDINGS) == _BEFORE:
+        libc = _glibc()
+        if libc is not None and not any(name in os.environ for name in _SETTINGS):
+            # smaller blocks come from the heap, whose end is given back where more than that is free
+            libc.mallopt(_MMAP_THRESHOLD, 2**25)
+            libc.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -94,7 +98,7 @@ def _glibc() -> ctypes.CDLL | None:
 def release_buffers() -> None:
     """Give the memory back that is kept between steps on the CPU: at most 512 MiB for each thread that asked for quantities.
 
-    On Linux with glibc also what the C library keeps since the first recording, at most 256 MiB.
+    On Linux with glibc also what the C library keeps since the fourth recording, at most 256 MiB.
 
     Example:
         >>> release_buffers()

@@ -29,7 +29,7 @@ from .fallback import fall_back
 from .places import place
 from .registry import RULES, Operation, Rule, operation
 from .remembered import key_of_meeting
-from .running import in_backward
+from .running import in_backward, unrecorded
 from .sample_axis import ALIGNED, FIRST, INDEXING, LOSSES, follow
 from .taps import Grads, Tap, seen
 
@@ -197,16 +197,28 @@ def _by_rule(
 ) -> Any:
     """Run the op on detached parameters and tap its results."""
     args, kwargs = replaced(call, {id(x): seen(recording, x) for x in shared})
-    axes = {id(x): axis for x, axis in call.placed()}
+    axes, led_to = {id(x): axis for x, axis in call.placed()}, _own_input(recording, rule, arguments, slots, shared)
     if rule.run is None:
         out = func(*args, **kwargs)
     else:
-        out, statistics = rule.run(*args, **kwargs)
+        with torch.set_grad_enabled(led_to is None):
+            out, statistics = rule.run(*args, **kwargs)
         if statistics:
             arguments = {**arguments, "statistics": statistics}
             slots = [*slots, *(("statistics", k, x) for k, x in enumerate(statistics))]
             axes.update((id(x), call.placed()[0][1]) for x in statistics)
-    return _tap(recording, call, rule, arguments, slots, axes, shared, out)
+    return _tap(recording, call, rule, arguments, slots, axes, shared, out, led_to)
+
+
+def _own_input(
+    recording: Recorder, rule: Rule, arguments: Mapping[str, Any], slots: Slots, shared: list[Tensor]
+) -> Tensor | None:
+    """The argument that the rule's own backward leads to, where that is all of the op's backward."""
+    first, own = arguments[rule.arguments[0]], {id(x) for x in shared}
+    if rule.back is None or recording.create_graph or torch.is_autocast_enabled(first.device.type):
+        return None
+    wanted = [x for _, _, x in slots if x.requires_grad and id(x) not in own]
+    return first if len(wanted) == 1 and wanted[0] is first else None
 
 
 def _tap(
@@ -218,18 +230,22 @@ def _tap(
     axes: Mapping[int, Axis],
     shared: list[Tensor],
     out: Any,
+    input: Tensor | None = None,
 ) -> Any:
     out = _no_view(out) if isinstance(out, Tensor) else swapped(out, {id(x): _no_view(x) for x in tensors_in(out)})
     outs = [out] if isinstance(out, Tensor) else [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
     places, own = [_placed(recording, call, x, shared) for x in outs], {id(x) for x in shared}
     wanted = [(name, k, x) for name, k, x in slots if id(x) in own]
-    needed = rule.saved_for({name for name, _, _ in wanted})
+    needed = rule.saved_for({name for name, _, _ in wanted}) | set(rule.saved_for_back if input is not None else ())
     plain, held, saved = _held(recording, arguments, slots, needed, axes)
     sources = [(name, k, source_of(recording, x)) for name, k, x in wanted]
     keeps_out = "out" in needed
-    tapped = _tapped(recording, call.name, call.n, rule, plain, held, saved, sources, outs, places, keeps_out=keeps_out)
+    back = () if input is None else tuple(held[name].place for name in rule.saved_for_back)
+    tapped = _tapped(
+        recording, call.name, call.n, rule, plain, held, saved, sources, outs, places, input, back, keeps_out=keeps_out
+    )
     if isinstance(out, Tensor) and not keeps_out:
-        _remember(recording, call, rule, held, saved, sources, places[0])
+        _remember(recording, call, rule, held, saved, sources, places[0], None if input is None else back)
     return tapped[0] if isinstance(out, Tensor) else swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
@@ -247,6 +263,8 @@ def _tapped(
     sources: Sources,
     outs: list[Tensor],
     places: list[Axis],
+    input: Tensor | None = None,
+    back: tuple[int, ...] = (),
     *,
     keeps_out: bool = False,
 ) -> list[Tensor]:
@@ -273,7 +291,13 @@ def _tapped(
             for (name, k, source), use in zip(sources, uses, strict=True)
         ]
 
-    tapped = Tap.run(recording, factors, recording.anchor, outs, [*saved, *(outs if keeps_out else [])])
+    def own(grad: Tensor, saved: Sequence[Tensor]) -> Tensor:
+        assert rule.back is not None
+        with unrecorded():
+            return rule.back(grad, *(saved[k] for k in back))
+
+    kept = [*saved, *outs] if keeps_out else saved
+    tapped = Tap.run(recording, factors, recording.anchor, outs, kept, input, None if input is None else own)
     for x, axis in zip(tapped, places, strict=True):
         recording.declare(x, axis)
     return tapped
@@ -294,6 +318,8 @@ class Meeting:
     plain: tuple[tuple[str, int], ...]
     slots: Mapping[str, Any]
     place: Axis
+    # where the rule's own backward finds what it needs among what is saved; None where torch's is taken
+    back: tuple[int, ...] | None
 
 
 _MEETINGS: dict[Hashable, Meeting] = {}
@@ -312,17 +338,30 @@ def meet_again(recording: Recorder, func: Function, op: Operation, meeting: Meet
     values, rule = list(args), meeting.rule
     for _, k in meeting.shared:
         values[k] = args[k].detach()
-    out, statistics = (func(*values), ()) if rule.run is None else rule.run(*values)
+    out: Any
+    statistics: Sequence[Tensor] = ()
+    if rule.run is None:
+        out = func(*values)
+    else:
+        with torch.set_grad_enabled(meeting.back is None):
+            out, statistics = rule.run(*values)
     plain = {name: args[k] for name, k in meeting.plain}
     saved = [*(values[k] for k in meeting.saved), *statistics[: meeting.statistics]]
     sources = [(name, None, recording.sources[id(args[k])]) for name, k in meeting.shared]
-    return _tapped(recording, op.name, meeting.n, rule, plain, meeting.slots, saved, sources, [_no_view(out)], [meeting.place])[
-        0
-    ]
+    led_to, back = (None, ()) if meeting.back is None else (args[0], meeting.back)
+    outs, places = [_no_view(out)], [meeting.place]
+    return _tapped(recording, op.name, meeting.n, rule, plain, meeting.slots, saved, sources, outs, places, led_to, back)[0]
 
 
 def _remember(
-    recording: Recorder, call: Call, rule: Rule, held: Mapping[str, Any], saved: list[Tensor], sources: Sources, place: Axis
+    recording: Recorder,
+    call: Call,
+    rule: Rule,
+    held: Mapping[str, Any],
+    saved: list[Tensor],
+    sources: Sources,
+    place: Axis,
+    back: tuple[int, ...] | None,
 ) -> None:
     """Keep what was decided, if all that decided it is in the key."""
     if (
@@ -344,7 +383,7 @@ def _remember(
     if len(_MEETINGS) >= _MOST_MEETINGS:
         _MEETINGS.clear()
     shared, plain = [(name, where[name]) for name, *_ in sources], [(name, k) for name, k in where.items() if name not in held]
-    _MEETINGS[key] = Meeting(rule, call.n, tuple(shared), tuple(k for _, k in own), kept, tuple(plain), held, place)
+    _MEETINGS[key] = Meeting(rule, call.n, tuple(shared), tuple(k for _, k in own), kept, tuple(plain), held, place, back)
 
 
 def _held(

@@ -1,5 +1,7 @@
 """Products of matrices into memory in use, and by oneDNN, which on some CPUs is faster than the BLAS."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,14 @@ def bmm(a: Tensor, b: Tensor, slot: str) -> Tensor:
 
 
 def has_onednn(like: Tensor) -> bool:
-    """Whether oneDNN has a linear layer for tensors of this device and dtype."""
-    known = like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether oneDNN has a linear layer for tensors of this device and dtype, and is not switched off."""
+    fits = like.dtype is torch.float32 and like.device.type == "cpu"
+    return fits and _built_in() and torch._C._get_mkldnn_enabled()  # noqa: SLF001
+
+
+@functools.cache
+def _built_in() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,6 +21,13 @@ class Rule:
     saves: Mapping[str, Sequence[str]] | None
     # runs the op and gives with its result what else the rule saves, as its argument "statistics"
     run: Callable[..., tuple[Any, Sequence[torch.Tensor]]] | None = None
+    # the gradient of the first argument from that of the result, and from arguments that it has by their names
+    back: Callable[..., torch.Tensor] | None = None
+
+    @functools.cached_property
+    def saved_for_back(self) -> tuple[str, ...]:
+        """The arguments whose values `back` needs."""
+        return () if self.back is None else tuple(inspect.signature(self.back).parameters)[1:]
 
     def saved_for(self, shared: set[str]) -> set[str]:
         """The arguments whose values the gradients of the `shared` arguments need."""
@@ -56,6 +63,7 @@ def rule(
     *,
     saves: Mapping[str, Sequence[str]] | None = None,
     run: Callable[..., tuple[Any, Sequence[torch.Tensor]]] | None = None,
+    back: Callable[..., torch.Tensor] | None = None,
 ) -> Callable[[Function], Function]:
     """Register the per-sample gradient of `op`'s parameters.
 
@@ -70,6 +78,9 @@ def rule(
             tensors. By default all tensor arguments are kept, and `out` too where the rule uses it.
         run: Called in place of `op`, with the same arguments: gives its result, and tensors that the op computes on the way, with rows
             where the first argument has them. The rule gets them as `statistics`, if `saves` names that.
+        back: The op's own backward, for an op with one result whose first argument alone has the samples: `back(grad, weight)` gives the
+            gradient of the first argument, from that of the result and from those of the op's arguments that it names. `run`, which it
+            needs beside it, is then called without a graph.
 
     Raises:
         ValueError: If `op` already has a rule or an expansion.
@@ -85,7 +96,7 @@ def rule(
         arguments = tuple(
             name for name in list(inspect.signature(function).parameters)[2:] if run is None or name != "statistics"
         )
-        RULES[key] = Rule(function, arguments, saves, run)
+        RULES[key] = Rule(function, arguments, saves, run, back)
         return function
 
     return register

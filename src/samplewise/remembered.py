@@ -47,7 +47,7 @@ def key_of_meeting(
                 return None
             if not count:
                 parts.append(torch.is_autocast_enabled(value.device.type))
-            parts += (what, value.shape, value.stride(), value.dtype)
+            parts += (what, value.shape, value.stride(), value.dtype, value.requires_grad)
             count += 1
         elif type(value) in _PLAIN:
             parts += (type(value), value)

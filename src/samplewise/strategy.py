@@ -80,14 +80,16 @@ class Rates:
     product: float
     # flop/s of the ordinary weight gradient of a convolution
     convolution: float
-    # flop/s of oneDNN's linear layer, zero where there is none: on some CPUs twice those of the BLAS
+    # flop/s of a weight gradient by oneDNN's linear layer, zero where there is none: on some CPUs twice those of the BLAS
     linear: float
+    # how many times as fast as torch's own the linear layer itself is by oneDNN, zero where there is none
+    layer: float
     # bytes/s into memory in use
     memory: float
 
 
 # Of a server CPU with two threads, and of an H200 (arithmetic, not measured); `calibrate` measures.
-_UNMEASURED = {"cpu": Rates(180e9, 300e9, 0.0, 40e9), "cuda": Rates(40e12, 20e12, 0.0, 4e12)}
+_UNMEASURED = {"cpu": Rates(180e9, 300e9, 0.0, 0.0, 40e9), "cuda": Rates(40e12, 20e12, 0.0, 0.0, 4e12)}
 _HALF_SPEEDUP = 10
 Key = tuple[torch.device, torch.dtype, int]
 _MEASURED: dict[Key, Rates] = {}
@@ -100,7 +102,7 @@ def rates(like: Tensor) -> Rates:
         return found
     typical = _UNMEASURED.get(like.device.type, _UNMEASURED["cpu"])
     if like.device.type == "cuda" and like.dtype in {torch.float16, torch.bfloat16}:
-        return Rates(_HALF_SPEEDUP * typical.product, _HALF_SPEEDUP * typical.convolution, 0.0, typical.memory)
+        return Rates(_HALF_SPEEDUP * typical.product, _HALF_SPEEDUP * typical.convolution, 0.0, 0.0, typical.memory)
     return typical
 
 
@@ -149,7 +151,7 @@ def prepare(like: Tensor) -> None:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Four small probes, about a tenth of a second in all."""
+    """Five small probes, about a tenth of a second in all."""
     with torch._C.DisableTorchFunction(), torch.inference_mode():  # noqa: SLF001
         scale = 4 if device.type == "cuda" else 1
         n, t, c = 8 * scale, 128, 256 * scale
@@ -160,18 +162,28 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
         settings = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
         weight = torch.ones(64, 64, 3, 3, device=device, dtype=dtype)
         flops = 2 * n * t * c * c
-        rows = a.flatten(0, 1)
-        turned = torch.empty(c, n * t, device=device, dtype=dtype)
+        linear, layer = _measure_onednn(a.flatten(0, 1), device) if has_onednn(a) else (0.0, 0.0)
         return Rates(
+            linear=linear,
+            layer=layer,
             product=flops / _seconds(lambda: torch.bmm(a.mT, a, out=out), device),
             convolution=2
             * 16
             * 256
             * weight.numel()
             / _seconds(lambda: torch.ops.aten.convolution_backward(image, image, weight, None, *settings), device),
-            linear=flops / _seconds(lambda: onednn_linear(turned.copy_(rows.mT), rows.mT), device) if has_onednn(rows) else 0.0,
             memory=2 * far.nbytes / _seconds(lambda: torch.neg(far, out=near), device),
         )
+
+
+def _measure_onednn(rows: Tensor, device: torch.device) -> tuple[float, float]:
+    """`Rates.linear` and `Rates.layer`."""
+    turned, flops = torch.empty_like(rows.mT.contiguous()), 2 * rows.numel() * rows.shape[1]
+    by_torch = _seconds(lambda: torch.nn.functional.linear(rows, rows), device)
+    return (
+        flops / _seconds(lambda: onednn_linear(turned.copy_(rows.mT), rows.mT), device),
+        by_torch / _seconds(lambda: onednn_linear(rows, rows), device),
+    )
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 9) -> float:

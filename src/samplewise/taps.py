@@ -13,6 +13,8 @@ from .factors import Factor
 Grads = Sequence[Tensor | None]
 # (gradients of the results, saved tensors) -> the factor of each use
 Factors = Callable[[Grads, Sequence[Tensor]], list[tuple[Source, list[Use], Factor]]]
+# (gradient of the result, saved tensors) -> gradient of the op's input
+Back = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 class Collects(Protocol):
@@ -29,23 +31,41 @@ class Tap(torch.autograd.Function):
     """Identity on an op's results; its backward hands their gradients to the recording.
 
     `mark_dirty` lets in-place ops follow. What the rule needs is kept by `save_for_backward`, so that version checks, saved-tensor
-    hooks and release after the backward hold as in plain PyTorch.
+    hooks and release after the backward hold as in plain PyTorch. An op that ran without a graph has its own backward here, to its
+    one input: that saves the op's node.
     """
 
     @staticmethod
-    def run(recording: Collects, factors: Factors, anchor: Tensor, outs: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+    def run(
+        recording: Collects,
+        factors: Factors,
+        anchor: Tensor,
+        outs: list[Tensor],
+        saved: list[Tensor],
+        input: Tensor | None = None,
+        back: Back | None = None,
+    ) -> list[Tensor]:
         """Tap results; `anchor` requires grad, so that each of them does."""
         apply: Callable[..., Any] = Tap.apply if torch.compiler.is_compiling() else _APPLY
-        tapped = apply(recording, factors, anchor, len(outs), *outs, *saved)
+        tapped = apply(recording, factors, anchor, input, back, len(outs), *outs, *saved)
         return list(tapped) if len(outs) > 1 else [tapped]
 
     @staticmethod
-    def forward(ctx: Any, recording: Collects, factors: Factors, _: Tensor, count: int, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        recording: Collects,
+        factors: Factors,
+        _: Tensor,
+        __: Tensor | None,
+        back: Back | None,
+        count: int,
+        *tensors: Tensor,
+    ) -> Any:
         """Pass the first `count` tensors on and keep the others."""
         ctx.mark_dirty(*tensors[:count])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[count:])
-        ctx.recording, ctx.factors = recording, factors
+        ctx.recording, ctx.factors, ctx.back = recording, factors, back
         return tensors[:count] if count > 1 else tensors[0]
 
     @staticmethod
@@ -54,7 +74,10 @@ class Tap(torch.autograd.Function):
         _refuse_second(ctx.recording)
         saved = ctx.saved_tensors
         ctx.recording.collect(ctx.factors, grads, saved)
-        return None, None, None, None, *grads, *[None] * len(saved)
+        if ctx.back is None:
+            return None, None, None, None, None, None, *grads, *[None] * len(saved)
+        wanted = ctx.needs_input_grad[3] and grads[0] is not None
+        return None, None, None, ctx.back(grads[0], saved) if wanted else None, None, None, *[None] * (len(grads) + len(saved))
 
 
 # `apply` without the look for what transforms of torch.func left behind: none runs where a recording is active

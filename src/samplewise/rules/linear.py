@@ -3,27 +3,60 @@
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from samplewise.factors import Dense, positions
 from samplewise.outer import Outer
+from samplewise.products import has_onednn, onednn_linear
 from samplewise.registry import rule
+from samplewise.strategy import rates
+
+# In flop: below it oneDNN's calls cost more than the product.
+_SMALL_PRODUCT = 1e7
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
     """The op as one product: with weights that need no gradient, torch would run a product for each row of the batch."""
+    if _by_onednn(input, weight, bias):
+        return onednn_linear(input.contiguous(), weight.contiguous(), bias), ()
     if input.ndim <= 2 or input.is_contiguous() or weight.ndim != 2:
         return F.linear(input, weight, bias), ()
     out = F.linear(input.reshape(math.prod(input.shape[:-1]), input.shape[-1]), weight, bias)
     return out.reshape(*input.shape[:-1], len(weight)), ()
 
 
-@rule(F.linear, saves={"weight": ["input"], "bias": []}, run=_linear)
+def _linear_back(grad: Tensor, weight: Tensor) -> Tensor:
+    """`grad_input[n,t,i] = sum_o grad[n,t,o] weight[o,i]`."""
+    weight = weight.conj()
+    if weight.ndim == 1:
+        return grad[..., None] * weight
+    if _by_onednn(grad, weight.mT):
+        return onednn_linear(grad.contiguous(), weight.contiguous().mT)
+    return (grad.reshape(math.prod(grad.shape[:-1]), len(weight)) @ weight).view(*grad.shape[:-1], weight.shape[1])
+
+
+def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether to run a linear layer by oneDNN: where that is faster, and a graph is neither built nor traced."""
+    if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or weight.ndim != 2 or input.ndim < 2:
+        return False
+    graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias))
+    if graph or 2 * input.numel() * len(weight) <= _SMALL_PRODUCT or not has_onednn(input) or rates(input).layer <= 1:
+        return False
+    traced = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()  # noqa: SLF001
+    return not traced and not torch.is_autocast_enabled("cpu") and (bias is None or bias.shape == weight.shape[:1])
+
+
+@rule(F.linear, saves={"weight": ["input"], "bias": []}, run=_linear, back=_linear_back)
 def linear(grad: Tensor, out: None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, object]:
     # out[n,t,o] = sum_i input[n,t,i] weight[o,i] + bias[o]
     g = positions(grad if weight.ndim == 2 else grad[..., None])
-    return {
-        "weight": lambda: Outer(g, positions(input), weight.shape),
-        "bias": lambda: Dense(g.sum((1, 2)) if weight.ndim == 2 else g.sum((1, 2, 3))),
-    }
+    return {"weight": lambda: Outer(g, positions(input), weight.shape), "bias": lambda: Dense(_totals(g, bias))}
+
+
+def _totals(g: Tensor, bias: Tensor | None) -> Tensor:
+    """Over positions, and over features where one number is added to all, `(n, *bias.shape)`."""
+    assert bias is not None
+    totals = g.sum((1, 2))
+    return totals if bias.shape == totals.shape[1:] else totals.sum(1).reshape(len(g), *bias.shape)
