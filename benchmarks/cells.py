@@ -2,14 +2,15 @@
 
     python benchmarks/cells.py samplewise norms gpt --sizes '{"n": 2, "length": 32}'
 
-Memory is what a step needs at its peak beyond the idle process (model, batch, the caller's buffers): resident memory on Linux, the
-allocator's count on CUDA.
+Memory is what a step needs at its peak beyond the idle process (model, batch, the caller's buffers): resident memory on Linux, and what
+torch holds of it; the allocator's count on CUDA.
 """
 
 import argparse
 import ctypes
 import datetime as dt
 import gc
+import itertools
 import json
 import platform
 import re
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 
 from peers import SYSTEMS, Problem
+from samplewise import release_buffers
 from workloads import CUDA_WORKLOADS, WORKLOADS
 
 MIB = 2**20
@@ -117,8 +119,8 @@ def peak(device: str) -> int:
     return status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
-def memory(system: str, quantity: str, problem: Problem, device: str) -> float:
-    """Peak MiB of three steps of a method beyond the idle process: what is freed is not all found again at once."""
+def memory(system: str, quantity: str, problem: Problem, device: str) -> dict[str, float]:
+    """Peak MiB of three steps of a method beyond the idle process: what is freed is not all found again at once; and of live tensors."""
     run = SYSTEMS[system].methods[quantity]
     ready = SYSTEMS[system].prepare(problem, quantity)
     # Two samples bring in the code that is loaded on first use.
@@ -130,7 +132,18 @@ def memory(system: str, quantity: str, problem: Problem, device: str) -> float:
         result = run(ready)
     found = (peak(device) - before) / MIB
     del result
-    return found
+    return {"mib": found, "live": live(lambda: run(ready)) if device == "cpu" else found}
+
+
+def live(run: Callable[[], object]) -> float:
+    """The most MiB that torch holds at once in a call, of what it asked for in it: no gaps between blocks, and the same in every run."""
+    # what is kept from step to step is asked for anew, and so counts
+    release_buffers()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0)) / MIB
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ class Question:
 
 
 def memory_in_a_fresh_process(question: Question, place: Place) -> dict[str, float | str]:
-    """`{"mib": ...}`, or `{"trouble": ...}`."""
+    """`{"mib": ..., "live": ...}`, or `{"trouble": ...}`."""
     options = ["--sizes", json.dumps(question.sizes), "--device", place.device, "--dtype", place.dtype]
     command = [sys.executable, __file__, question.system, question.quantity, question.workload, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -164,7 +177,11 @@ def memories(questions: Sequence[Question], place: Place, processes: int = 1) ->
 
 def _middle(answers: Sequence[dict[str, float | str]]) -> dict[str, float | str]:
     troubles = [answer for answer in answers if "trouble" in answer]
-    return troubles[0] if troubles else {"mib": statistics.median(float(answer["mib"]) for answer in answers)}
+    return (
+        troubles[0]
+        if troubles
+        else {key: statistics.median(float(answer[key]) for answer in answers) for key in ("mib", "live")}
+    )
 
 
 def main() -> None:
@@ -179,7 +196,7 @@ def main() -> None:
     place = Place(given.device, given.dtype, threads=1)
     place.enter()
     problem = place.problem(given.workload, given.sizes)
-    print(json.dumps({"mib": memory(given.system, given.quantity, problem, given.device)}))
+    print(json.dumps(memory(given.system, given.quantity, problem, given.device)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ round; the check and one round are not counted. Memory: a fresh process for each
 """
 
 import argparse
+import functools
 import gc
 import importlib.metadata
 import json
@@ -52,6 +53,7 @@ class Cell:
     ratio: tuple[float, float, float] | None = None
     rounds: int = 0
     mib: float | None = None
+    live: float | None = None
 
 
 # --- right or wrong -------------------------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def measured(workload: str, place: Place, repeats: int, budget: float) -> Figure
     for some, processes in ((own, 3), (others, 1)):
         found = memories([Question(c.system, c.quantity, workload) for c in some], place, processes)
         for cell, answer in zip(some, found, strict=True):
-            cell.mib = answer.get("mib")
+            cell.mib, cell.live = answer.get("mib"), answer.get("live")
             cell.trouble = f"memory not measured: {answer['trouble']}" if "trouble" in answer else ""
     return {"key": workload, "name": problem.name, "plain": asdict(good[0]), "cells": [asdict(cell) for cell in cells]}
 
@@ -212,11 +214,9 @@ def in_a_word(trouble: str) -> str:
     return trouble
 
 
-def memory_shown(cell: dict[str, Any] | None, figures: Figures) -> str:
-    base = figures["plain"]["mib"]
-    if cell is None or cell["mib"] is None or not base:
-        return ""
-    return f"{cell['mib'] / base:.2f}"
+def memory_shown(cell: dict[str, Any] | None, figures: Figures, of: str = "mib") -> str:
+    base = figures["plain"][of]
+    return "" if cell is None or cell[of] is None or not base else f"{cell[of] / base:.2f}"
 
 
 def table(results: list[Figures], head: Callable[[Figures], str], shown: Shown) -> str:
@@ -280,6 +280,11 @@ step; each in a fresh process, the plain step and ours in three of them (median:
 
 {memory}
 
+Live tensors: the most that torch held at once of what a step asked for, over that of the plain step; memory kept between steps counts.
+The heap's gaps between blocks do not, nor what the kernels' own libraries take. It is the same in every run.
+
+{live}
+
 ## Refused or wrong
 
 Every result was first compared with a batch-of-one loop in the same dtype. Wrong is an error over {tolerance:g}, the norm of
@@ -300,6 +305,9 @@ def markdown(results: list[Figures], conditions: dict[str, Any], chart: str) -> 
         floor=FLOOR,
         times=table(results, lambda f: f"{f['name']} ({f['plain']['ms']:.1f} ms)", time_shown),
         memory=table(results, lambda f: f"{f['name']} ({f['plain']['mib'] or 0:.0f} MiB)", memory_shown),
+        live=table(
+            results, lambda f: f"{f['name']} ({f['plain']['live'] or 0:.0f} MiB)", functools.partial(memory_shown, of="live")
+        ),
         troubles=troubles(results),
         fewer=fewer_rounds(results, conditions["repeats"]),
     )

@@ -178,6 +178,7 @@ def test_memory_in_a_fresh_process():
     whole = 4 * sum(p.numel() for p in workloads.mlp(**sizes).model.parameters()) * sizes["n"] / MIB
     (found,) = memories([Question(OURS, GRADS, "mlp", sizes)], Place(threads=1))
     assert whole < found["mib"] < 4 * whole
+    assert whole < found["live"] < 1.2 * whole
 
 
 def test_a_process_that_fails(monkeypatch, tmp_path):
@@ -190,10 +191,10 @@ def test_a_process_that_fails(monkeypatch, tmp_path):
 
 
 def figures(key: str) -> compare.Figures:
-    plain = Cell(PLAIN, PLAIN, ms=12.34, ratio=(1.0, 1.0, 1.0), rounds=9, mib=50.0)
+    plain = Cell(PLAIN, PLAIN, ms=12.34, ratio=(1.0, 1.0, 1.0), rounds=9, mib=50.0, live=40.0)
     cells = [
-        Cell(OURS, NORMS, error=1e-7, ms=15.0, ratio=(1.234, 1.2, 1.3), rounds=9, mib=60.0),
-        Cell(LOOP, NORMS, error=0.0, ms=600.0, ratio=(48.6, 40.0, 50.0), rounds=3, mib=25.0),
+        Cell(OURS, NORMS, error=1e-7, ms=15.0, ratio=(1.234, 1.2, 1.3), rounds=9, mib=60.0, live=30.0),
+        Cell(LOOP, NORMS, error=0.0, ms=600.0, ratio=(48.6, 40.0, 50.0), rounds=3, mib=25.0, live=10.0),
         Cell("vmap(grad)", NORMS, trouble="wrong numbers (relative error 0.5)", error=0.5),
         Cell("BackPACK", NORMS, trouble="raises NotImplementedError: no | here"),
         Cell("BackPACK", GRADS, trouble="raises NotImplementedError: no | here"),
@@ -211,10 +212,11 @@ def conditions(tmp_path):
 def test_the_page(conditions):
     page = markdown([figures("mlp"), figures("cnn")], conditions, "performance.png")
     rows = [[entry.strip() for entry in line.split(" | ")] for line in page.splitlines() if line.startswith("| mlp")]
-    times, memory, *reasons = rows
+    times, memory, live, *reasons = rows
     assert times[:5] == ["| mlp of two layers (12.3 ms)", NORMS, "1.23 (1.20-1.30)", "48.6 (40.0-50.0)", ""]
     assert times[5:] == ["wrong numbers", "not installed", "", "raises", "|"]
     assert memory[:5] == ["| mlp of two layers (50 MiB)", NORMS, "1.20", "0.50", ""]
+    assert live[:5] == ["| mlp of two layers (40 MiB)", NORMS, "0.75", "0.25", ""]
     assert ["| mlp", "BackPACK", f"{NORMS}, {GRADS}", "raises NotImplementedError: no \\| here |"] in reasons
     assert "mlp, 3: loop" in page
     assert "| cnn of two layers (12.3 ms)" in page
