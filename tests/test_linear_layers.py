@@ -244,3 +244,15 @@ def test_a_weight_changed_before_the_backward_is_refused(faster: list[str]) -> N
             model.second.weight.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             rec.backward(out)
+
+
+class Tagged(Tensor):
+    """A subclass, which keeps through torch's ops."""
+
+
+def test_subclasses_are_left_to_torch(faster: list[str]) -> None:
+    x, weight = inputs(7, 5), torch.randn(3, 5)
+    known = faster != ["none"]
+    for kinds, expected in (((Tensor, Tensor), known), ((Tagged, Tensor), False), ((Tensor, Tagged), False)):
+        operands = [operand.as_subclass(kind) for operand, kind in zip((x, weight), kinds, strict=True)]
+        assert linear._by_onednn(*operands) == expected

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from samplewise.factors import Dense, positions
 from samplewise.outer import Outer
@@ -15,6 +15,8 @@ from samplewise.strategy import rates
 
 # In flop: below it oneDNN's calls cost more than the product.
 _SMALL_PRODUCT = 1e7
+# Subclasses of tensors have ways of their own to run an op, and may not know this one.
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
@@ -40,6 +42,8 @@ def _linear_back(grad: Tensor, weight: Tensor) -> Tensor:
 def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether to run a linear layer by oneDNN: where that is faster, and a graph is neither built nor traced."""
     if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or weight.ndim != 2 or input.ndim < 2:
+        return False
+    if type(input) not in _PLAIN or type(weight) not in _PLAIN:
         return False
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias))
     if graph or 2 * input.numel() * len(weight) <= _SMALL_PRODUCT or not has_onednn(input) or rates(input).layer <= 1:
