@@ -114,6 +114,37 @@ def test_layers_in_odd_memory(faster: list[str]) -> None:
     exact(Layers(between=lambda h: torch.cat([h[..., 3:], h[..., :3]], -1)), squares, inputs(7, 5))
 
 
+BIASES = {
+    "every other": lambda: nn.Parameter(torch.randn(12)[::2]),
+    "a column": lambda: nn.Parameter(torch.randn(6, 2)[:, 0]),
+    "the end": lambda: nn.Parameter(torch.randn(12)[6:]),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_biases_in_any_layout(faster: list[str], kind: str) -> None:
+    """Of which oneDNN would read what lies beside them."""
+    torch.manual_seed(0)
+    model = Layers()
+    model.first.bias = BIASES[kind]()
+    exact(model, squares, inputs(7, 5))
+
+
+@pytest.mark.parametrize("cut", ["a column", "one number for all"])
+def test_biases_cut_from_a_parameter(faster: list[str], cut: str) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.both[:, -1] if cut == "a column" else self.both[0, :1].expand(4)
+            return F.linear(x, self.both[:, :-1], bias)
+
+    torch.manual_seed(0)
+    exact(Packed(), squares, inputs(7, 5))
+
+
 class Function(nn.Module):
     """`F.linear` with arguments of its own."""
 
@@ -132,6 +163,8 @@ class Function(nn.Module):
     [
         ((3, 6), (3,), ()),
         ((3, 6), (1,), ()),
+        ((3, 6), (1, 1), ()),
+        ((3, 6), (1, 3), ()),
         ((3, 6), (), ()),
         ((3, 6), None, ()),
         ((6,), None, ()),
@@ -256,3 +289,12 @@ def test_subclasses_are_left_to_torch(faster: list[str]) -> None:
     for kinds, expected in (((Tensor, Tensor), known), ((Tagged, Tensor), False), ((Tensor, Tagged), False)):
         operands = [operand.as_subclass(kind) for operand, kind in zip((x, weight), kinds, strict=True)]
         assert linear._by_onednn(*operands) == expected
+
+
+def test_inputs_of_a_subclass_are_refused(faster: list[str]) -> None:
+    model, x = nn.Linear(5, 3), inputs(5)
+    with (
+        sw.record(model) as rec,
+        pytest.raises(sw.UnsupportedOpError, match=r"^linear: gave a Tagged.*bias, weight.*as_subclass"),
+    ):
+        rec.backward(squares(model, x.as_subclass(Tagged)))

@@ -168,6 +168,10 @@ class Unseen(torch.autograd.Function):
         return grad * weight, (grad * inputs).sum(0)
 
 
+class Subclass(torch.Tensor):
+    """Without ways of its own."""
+
+
 class Late(torch.autograd.Function):
     """The identity, whose backward brings a use of a layer that its forward did not show."""
 
@@ -679,6 +683,12 @@ CASES: dict[str, Case] = {
     ),
     "taps._refuse_second: a second derivative": Case(
         lambda: run(linear(), losses=penalty), "^backward: ", "second derivative", r"record\(..., create_graph=True\)"
+    ),
+    "mixing._tapped: a subclass of tensors": Case(
+        net(lambda self, b: self.inner(b.as_subclass(Subclass))),
+        "^linear: gave a Subclass",
+        "bias, inner.weight",
+        r"x.as_subclass\(torch.Tensor\)",
     ),
     "collecting.Collector._refuse_late: a use that the forward did not show": Case(
         lambda: sw.per_sample_norms(

@@ -299,6 +299,12 @@ def _tapped(
     kept = [*saved, *outs] if keeps_out else saved
     tapped = Tap.run(recording, factors, recording.anchor, outs, kept, input, None if input is None else own)
     for x, axis in zip(tapped, places, strict=True):
+        if not Tap.is_on(x):
+            names = ", ".join(sorted(name for *_, source in sources for name in source.names))
+            raise UnsupportedOpError(
+                f"{op}: gave a {type(x).__name__}, a subclass of tensors whose gradient does not reach the recording, so that of {names} "
+                "would be missing. Give the model plain tensors: `x.as_subclass(torch.Tensor)`."
+            )
         recording.declare(x, axis)
     return tapped
 

@@ -30,16 +30,26 @@ def _built_in() -> bool:
 
 
 def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`input @ weight.T + bias` of two matrices by oneDNN."""
+    """`input @ weight.T + bias` by oneDNN, which reads a bias without its strides."""
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        weight = weight.contiguous()
+    return _linear_pointwise(input.contiguous(), weight, _in_a_row(bias))
+
+
+def _linear_pointwise(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")  # noqa: SLF001
     return product
+
+
+def _in_a_row(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 class RepeatedProduct:
     """`rows @ weight.T + bias` for many small matrices, for which oneDNN wants the weight in another order: a third to all of the time."""
 
     def __init__(self, weight: Tensor, rows: int, bias: Tensor | None = None) -> None:
-        self._weight, self._bias = weight, bias
+        self._weight, self._bias = weight, _in_a_row(bias)
         packs = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and has_onednn(weight)
         worth = 2 * rows * weight.numel() > _SMALL_PRODUCT
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows) if packs and worth else None  # noqa: SLF001
@@ -48,12 +58,13 @@ class RepeatedProduct:
         """The product."""
         if self._packed is None:
             return torch.nn.functional.linear(rows, self._weight, self._bias)
-        return onednn_linear(rows, self._packed, self._bias)
+        return _linear_pointwise(rows.contiguous(), self._packed, self._bias)
 
     def plus(self, rows: Tensor, addend: Tensor) -> Tensor:
         """The product and a matrix."""
         if self._packed is None:
             product = torch.addmm(addend, rows, self._weight.t())
             return product if self._bias is None else product.add_(self._bias)
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, addend, self._packed, self._bias, "add")  # noqa: SLF001
+        operands = rows.contiguous(), addend.contiguous(), self._packed, self._bias
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(*operands, "add")  # noqa: SLF001
         return total

@@ -51,6 +51,11 @@ class Tap(torch.autograd.Function):
         return list(tapped) if len(outs) > 1 else [tapped]
 
     @staticmethod
+    def is_on(out: Tensor) -> bool:
+        """Whether a tapped result's gradient will come by the tap: ops of a subclass may have led its graph past it."""
+        return type(out) is Tensor or isinstance(out.grad_fn, Tap._backward_cls)
+
+    @staticmethod
     def forward(
         ctx: Any,
         recording: Collects,

@@ -22,7 +22,7 @@ _PLAIN = frozenset({Tensor, nn.Parameter})
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
     """The op as one product: with weights that need no gradient, torch would run a product for each row of the batch."""
     if _by_onednn(input, weight, bias):
-        return onednn_linear(input.contiguous(), weight.contiguous(), bias), ()
+        return onednn_linear(input, weight, bias), ()
     if input.ndim <= 2 or input.is_contiguous() or weight.ndim != 2:
         return F.linear(input, weight, bias), ()
     out = F.linear(input.reshape(math.prod(input.shape[:-1]), input.shape[-1]), weight, bias)
@@ -35,7 +35,7 @@ def _linear_back(grad: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim == 1:
         return grad[..., None] * weight
     if _by_onednn(grad, weight.mT):
-        return onednn_linear(grad.contiguous(), weight.contiguous().mT)
+        return onednn_linear(grad, weight.mT)
     return (grad.reshape(math.prod(grad.shape[:-1]), len(weight)) @ weight).view(*grad.shape[:-1], weight.shape[1])
 
 
@@ -63,4 +63,6 @@ def _totals(g: Tensor, bias: Tensor | None) -> Tensor:
     """Over positions, and over features where one number is added to all, `(n, *bias.shape)`."""
     assert bias is not None
     totals = g.sum((1, 2))
-    return totals if bias.shape == totals.shape[1:] else totals.sum(1).reshape(len(g), *bias.shape)
+    if bias.numel() == 1:
+        return totals.sum(1).reshape(len(g), *bias.shape)
+    return totals.reshape(len(g), *bias.shape) if bias.shape[-1:].numel() == bias.numel() == totals.shape[1] else totals
