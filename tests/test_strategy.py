@@ -222,6 +222,9 @@ def test_recurrent_layers_in_float32(monkeypatch: pytest.MonkeyPatch, kind: type
     monkeypatch.setattr(products, "_SMALL_PRODUCT", 0.0)
     torch.manual_seed(0)
     model, x = kind(3, 5, bidirectional=True, batch_first=True), torch.randn(4, 6, 3)
+    # with other numbers between those of the biases
+    for name in ("bias_ih_l0", "bias_hh_l0", "bias_hh_l0_reverse"):
+        setattr(model, name, nn.Parameter(torch.randn(len(getattr(model, name)), 2)[:, 0]))
     grads = sw.per_sample_grads(model, lambda m, batch: m(batch)[0].square().sum((1, 2)), x)
     model.double()
     for k in range(4):
