@@ -177,11 +177,9 @@ def memories(questions: Sequence[Question], place: Place, processes: int = 1) ->
 
 def _middle(answers: Sequence[dict[str, float | str]]) -> dict[str, float | str]:
     troubles = [answer for answer in answers if "trouble" in answer]
-    return (
-        troubles[0]
-        if troubles
-        else {key: statistics.median(float(answer[key]) for answer in answers) for key in ("mib", "live")}
-    )
+    if troubles:
+        return troubles[0]
+    return {key: statistics.median(float(answer[key]) for answer in answers) for key in ("mib", "live")}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ CORE = (
     "alignment",
     "movement",
     "sample_axis",
+    "by_rule",
     "mixing",
     "recording",
 )

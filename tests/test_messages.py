@@ -398,7 +398,7 @@ CASES: dict[str, Case] = {
         TOGETHER,
         "'inner.weight'",
     ),
-    "mixing._placed: contracted": Case(
+    "by_rule.placed: contracted": Case(
         net(lambda self, b: (b.t() @ self.rows)[:3], rows=x(N, 2)),
         "^matmul: brings the samples together",
         r"shapes \(4, 3\), \(3, 2\), samples on axis 1",
@@ -489,13 +489,13 @@ CASES: dict[str, Case] = {
     "registry._free_key: taken": Case(
         rule_for_linear, "^linear already", "has a rule or an expansion", "an op of your own", kind=ValueError
     ),
-    "mixing._bind: too many arguments": Case(
+    "by_rule.bind: too many arguments": Case(
         with_rule(lambda grad, out, x, weight: {}, 2), "scale: ", "3 arguments, its rule knows x, weight", "Add"
     ),
-    "mixing._bind: an unknown argument": Case(
+    "by_rule.bind: an unknown argument": Case(
         with_rule(lambda grad, out, x, weight: {}, power=2), "scale: ", "the argument power", "Add"
     ),
-    "mixing._checked: no factor": Case(
+    "by_rule._checked: no factor": Case(
         with_rule(lambda grad, out, x, weight, power=1: {"x": grad}),
         "scale: ",
         r"no factor for 'weight' \(w\), got NoneType",
@@ -503,7 +503,7 @@ CASES: dict[str, Case] = {
         "w",
         sw.UnsupportedOpError,
     ),
-    "mixing._checked: of another shape": Case(
+    "by_rule._checked: of another shape": Case(
         with_rule(lambda grad, out, x, weight, power=1: {"weight": Dense(grad[..., :2])}),
         "scale: ",
         r"shape \(2,\), expected \(4,\)",
@@ -684,7 +684,7 @@ CASES: dict[str, Case] = {
     "taps._refuse_second: a second derivative": Case(
         lambda: run(linear(), losses=penalty), "^backward: ", "second derivative", r"record\(..., create_graph=True\)"
     ),
-    "mixing._tapped: a subclass of tensors": Case(
+    "by_rule.Awaited.tap: a subclass of tensors": Case(
         net(lambda self, b: self.inner(b.as_subclass(Subclass))),
         "^linear: gave a Subclass",
         "bias, inner.weight",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samplewise as sw
-from samplewise import mixing, registry, remembered
+from samplewise import by_rule, registry, remembered
 from samplewise.errors import MixedSamplesError, SamplewiseError
 from samplewise.factors import Dense
 
@@ -16,7 +16,7 @@ from samplewise.factors import Dense
 @pytest.fixture(autouse=True)
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "_FOLLOWED", {})
-    monkeypatch.setattr(mixing, "_MEETINGS", {})
+    monkeypatch.setattr(by_rule, "_MEETINGS", {})
 
 
 class Net(nn.Module):
@@ -64,11 +64,11 @@ def check(model: nn.Module, x: Tensor) -> None:
 def test_the_second_step_is_remembered_and_exact() -> None:
     model = Net(plain)
     check(model, batch())
-    calls, meetings = dict(remembered._FOLLOWED), dict(mixing._MEETINGS)
+    calls, meetings = dict(remembered._FOLLOWED), dict(by_rule._MEETINGS)
     assert {key[0] for key in calls} >= {"tanh", "add", "transpose", "reshape"}
     assert {key[0] for key in meetings} == {"linear", "layer_norm"}
     check(model, batch().flip(0))
-    assert (calls, meetings) == (remembered._FOLLOWED, mixing._MEETINGS)
+    assert (calls, meetings) == (remembered._FOLLOWED, by_rule._MEETINGS)
 
 
 @pytest.mark.parametrize(
@@ -160,19 +160,19 @@ def test_tensors_in_a_list_are_not_held() -> None:
         model.scale = nn.Parameter(torch.randn(4).double())
         for x in (batch(3, 4), 3 * batch(3, 4)):
             check(model, x)
-        assert not mixing._MEETINGS
+        assert not by_rule._MEETINGS
     finally:
         registry.RULES.pop(key, None)
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "_LIMIT", 20)
-    monkeypatch.setattr(mixing, "_MOST_MEETINGS", 5)
+    monkeypatch.setattr(by_rule, "_MOST_MEETINGS", 5)
     model = Net(plain)
     for n in range(2, 12):
         check(model, batch(n))
         assert len(remembered._FOLLOWED) <= 20
-        assert len(mixing._MEETINGS) <= 5
+        assert len(by_rule._MEETINGS) <= 5
 
 
 def test_in_place_activations() -> None:

@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 from .attaching import Entrance, common_size, held_tensors, is_packed, packed_owners, refuse_hooks, refuse_unrecordable
 from .axes import Axis, Call, Lost, Where, tensors_in
 from .buffers import keep_freed_memory
+from .by_rule import meet_again, meeting_before
 from .collecting import Collector, Shared, Source, leaves_of
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 from .factors import Factor
-from .mixing import meet_again, meeting_before, mix
+from .mixing import mix
 from .notes import Notes
 from .ownership import of_base, written
 from .registry import EXPANSIONS, RULES, Operation, operation
@@ -280,8 +281,7 @@ class Recording(TorchFunctionMode):
         self, func: Callable[..., Any], inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record a function through its source."""
-        task = torch._C._current_graph_task_id()  # noqa: SLF001
-        self._sources += [(func, task), (inner, task)]
+        self._sources += [(source, torch._C._current_graph_task_id()) for source in (func, inner)]  # noqa: SLF001
         try:
             with self:
                 return inner(*args, **kwargs)
