@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .axes import tensors_in
+from .axes import HOST, tensors_in
 from .errors import UnsupportedOpError
 
 
@@ -60,7 +60,7 @@ def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
 
 def packed_owners(sequence: PackedSequence, n: int) -> Tensor:
     """The sample of each row of a packed sequence."""
-    order = torch.arange(n) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
+    order = torch.arange(n, device=HOST) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
     return torch.cat([order[:size] for size in sequence.batch_sizes.tolist()])
 
 

@@ -42,6 +42,8 @@ class Selection:
 
 
 _TRUST = threading.local()
+# where what is known of the samples is kept, whatever the default device is
+HOST = torch.device("cpu")
 
 
 def in_step_now() -> bool:
@@ -114,11 +116,12 @@ class Axis:
         """The same samples on another axis."""
         return self if dim == self.dim else replace(self, dim=dim)
 
-    def owners(self, n: int) -> Tensor:
+    def owners(self, n: int, device: torch.device = HOST) -> Tensor:
         """The sample of each row, `(shape[dim],)`."""
         if self.ragged is not None:
-            return torch.tensor(self.ragged, dtype=torch.long)
-        return torch.arange(n).repeat_interleave(self.inner).repeat(self.outer)
+            return torch.tensor(self.ragged, dtype=torch.long, device=device)
+        # made where it is needed: a copy to another device would wait for that
+        return torch.arange(n, device=device)[:, None].expand(n, self.inner).reshape(n * self.inner).repeat(self.outer)
 
     def size(self, n: int) -> int:
         """The number of rows."""
@@ -142,7 +145,7 @@ class Axis:
         if x.is_meta:
             # a stand-in, of which a rule uses the shape at most
             return x.new_empty(n * max(map((self.ragged or ()).count, range(n)), default=0), *x.shape[1:])
-        owners = self.owners(n).to(x.device)
+        owners = self.owners(n, x.device)
         counts = torch.bincount(owners, minlength=n)
         longest = int(counts.max()) if n else 0
         order = owners.argsort(stable=True)

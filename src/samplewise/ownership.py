@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .alignment import Several, through_index
-from .axes import NOBODY, Axis, Call, Lost, Selection, Where, in_step_now, swapped, tensors_in, whole
+from .axes import HOST, NOBODY, Axis, Call, Lost, Selection, Where, in_step_now, swapped, tensors_in, whole
 from .movement import dim_of
 
 
@@ -22,7 +22,7 @@ def marks(call: Call, x: Tensor) -> Tensor:
 
 
 def _marks(axis: Axis, x: Tensor, n: int) -> Tensor:
-    owners = axis.owners(n).to(x.device)
+    owners = axis.owners(n, x.device)
     return owners.reshape(-1, *[1] * (x.ndim - axis.dim - 1)).expand(x.shape) if x.ndim else owners.reshape(())
 
 
@@ -65,7 +65,9 @@ def moved(function: Callable[..., object]) -> Several:
         keys, places = (
             _carried(call, function, data, place, where.dim, told) for told in (lambda c: c.keys, lambda c: c.places)
         )
-        return replace(where, chosen=Selection(keys, None if places is None else torch.tensor(places, dtype=torch.long)))
+        return replace(
+            where, chosen=Selection(keys, None if places is None else torch.tensor(places, dtype=torch.long, device=HOST))
+        )
 
     return move
 
@@ -332,7 +334,7 @@ def of_base(base: Tensor, held: Axis | None, view: Tensor, axis: Axis, n: int) -
     if 0 in base.stride() or base.dtype != view.dtype:
         return Lost("an in-place op on a view")
     owners = torch.empty_strided(base.shape, base.stride(), dtype=torch.long, device=base.device)
-    owners.copy_(_marks(held, base, n) if held is not None else torch.full((), NOBODY))
+    owners.copy_(_marks(held, base, n) if held is not None else torch.full((), NOBODY, device=base.device))
     place = owners.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
     place.copy_(_marks(axis, view, n))
     op = "an in-place op on a view"

@@ -26,6 +26,6 @@ class GaussianProjection:
     def matrix(self, name: str, shape: Size) -> Tensor:
         """The matrix for one parameter, `(k, *shape)`, float32, drawn on the CPU."""
         digest = hashlib.sha256(f"gaussian/1/{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        entries: Tensor = torch.randn(self.size, *shape, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
+        entries: Tensor = torch.randn(self.size, *shape, generator=generator, device="cpu")
         return entries.div(self.size**0.5)

@@ -72,7 +72,7 @@ class Recording(TorchFunctionMode):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.strategy = strategy or Strategy()
         self.collector = Collector(self.parameters, consume, create_graph=create_graph, store=store)
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), device="cpu", requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
         self._names_of: dict[int, str] = {}
         self.sources: dict[int, Source] = {}

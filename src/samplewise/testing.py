@@ -187,9 +187,9 @@ def _check(op: Callable[..., Any], sample: Sample, fallback: str, passed_on: Pas
 
 
 def _check_linear(rec: Any, wanted: Mapping[str, Tensor], flat: Tensor) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(len(flat), generator=generator).to(flat)
-    direction = {name: torch.randn(rows.shape[1:], generator=generator).to(rows) for name, rows in wanted.items()}
+    generator = torch.Generator("cpu").manual_seed(1)
+    weights = torch.randn(len(flat), generator=generator, device="cpu").to(flat)
+    direction = {name: torch.randn(rows.shape[1:], generator=generator, device="cpu").to(rows) for name, rows in wanted.items()}
     aim = torch.cat([d.flatten() for d in direction.values()])
     total = torch.cat([part.flatten() for part in rec.weighted_sum(weights).values()])
     _close("weighted sum", total, weights @ flat)

@@ -129,7 +129,7 @@ def _loop(model: nn.Module, loss_fn: LossFunction, batch: Batch, n: int, chosen:
     try:
         for i in chosen:
             model.zero_grad(set_to_none=True)
-            loss_fn(model, _take(batch, n, torch.tensor([i]))).sum().backward()
+            loss_fn(model, _take(batch, n, torch.tensor([i], device="cpu"))).sum().backward()
             for name, p in parameters.items():
                 rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad)
     finally:
@@ -144,7 +144,7 @@ def _difference(
     limits = torch.finfo(expected.dtype)
     # a gradient that is zero in exact arithmetic (of a key's bias) is rounding noise of the whole gradient
     floor = max(limits.tiny, 100 * limits.eps * whole / tolerance)
-    scale = expected.abs().max().clamp_min(floor) if expected.numel() else torch.ones(())
+    scale = expected.abs().max().clamp_min(floor) if expected.numel() else expected.new_ones(())
     error = ((found.to(expected.dtype) - expected).abs().max() / scale).item() if expected.numel() else 0.0
     # nothing expected and nothing found is no error; NaN is one
     error = 0.0 if found.equal(expected) else error if error == error else float("inf")  # noqa: PLR0124
@@ -165,8 +165,10 @@ def _compare_quantities(rec: Record, expected: Grads, chosen: list[int], toleran
     n = len(rec.norms())
     weights = torch.zeros(n, dtype=flat.dtype, device=flat.device)
     weights[chosen] = torch.linspace(-1, 2, len(chosen), dtype=flat.dtype, device=flat.device)
-    generator = torch.Generator().manual_seed(0)
-    direction = {name: torch.randn(rows.shape[1:], generator=generator).to(rows) for name, rows in expected.items()}
+    generator = torch.Generator("cpu").manual_seed(0)
+    direction = {
+        name: torch.randn(rows.shape[1:], generator=generator, device="cpu").to(rows) for name, rows in expected.items()
+    }
     aim = torch.cat([_flat(d[None])[0] for d in direction.values()])
     matrix = {name: torch.stack([d, -2 * d]) for name, d in direction.items()}
     total = torch.cat([_flat(part[None])[0] for part in rec.weighted_sum(weights).values()])
@@ -191,7 +193,7 @@ def _compare_batches(
 ) -> list[Difference]:
     """The same samples in another order, and in two halves; and the one-call functions."""
     norms, found = rec.norms(), []
-    turned = torch.arange(n).flip(0)
+    turned = torch.arange(n, device="cpu").flip(0)
     orders: list[tuple[str, Callable[[], Tensor]]] = [
         ("norm in reverse order", lambda: per_sample_norms(model, loss_fn, _take(batch, n, turned), batch_size=n).flip(0)),
         ("norm streamed", lambda: per_sample_norms(model, loss_fn, batch, batch_size=n)),
@@ -210,4 +212,4 @@ def _compare_batches(
 
 
 def _halves(batch: Batch, n: int) -> list[tuple[Any, int]]:
-    return [(_take(batch, n, part), len(part)) for part in torch.arange(n).tensor_split(2) if len(part)]
+    return [(_take(batch, n, part), len(part)) for part in torch.arange(n, device="cpu").tensor_split(2) if len(part)]

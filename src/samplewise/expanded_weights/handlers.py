@@ -144,7 +144,7 @@ class RecurrentPerSampleGrad(PerSampleGrad):
         x, states = args[0], args[2] if packed else args[1]
         sizes = args[1].tolist() if packed else []
         dim = 0 if packed or args[-1] else 1
-        owners = torch.cat([torch.arange(size) for size in sizes]) if packed else None
+        owners = torch.cat([torch.arange(size, device="cpu") for size in sizes]) if packed else None
         n = sizes[0] if packed else x.shape[dim]
         axis = Axis(dim) if owners is None else Axis.of_rows(0, owners, n)
         for weight in expanded_in(args):

@@ -46,13 +46,14 @@ def embedding_bag(
 ) -> Any:
     # out[n] = sum (mode 0), mean (1) or max (2) over the bag's positions t of weight[input[n,t]]
     starts = offsets[:-1] if include_last_offset else offsets
-    positions, inside = _bags(starts.tolist(), int(offsets[-1]) if include_last_offset else input.numel())
+    end = int(offsets[-1]) if include_last_offset else input.numel()
+    positions, inside = _bags(starts.tolist(), end, input.device)
     # a bag is its sample's, where the offsets are the samples'
     own = torch.zeros_like(starts)[:, None]
     index = _in_bags(input, positions) + own
     # a negative one counts from the end
     unused = -1 if padding_idx is None else padding_idx % len(weight)
-    kept = (inside.to(input.device) & (index != unused))[..., None]
+    kept = (inside & (index != unused))[..., None]
     rows = torch.embedding(weight, index, -1, scale_grad_by_freq, sparse)
     if per_sample_weights is not None:
         rows = rows * _in_bags(per_sample_weights, positions)[..., None]
@@ -63,15 +64,16 @@ def embedding_bag(
     return (total / kept.sum(1).clamp_min(1) if mode == 1 else total), None, None, None
 
 
-def _bags(starts: Sequence[int], total: int) -> tuple[Tensor, Tensor]:
+def _bags(starts: Sequence[int], total: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the positions of each bag are, `(bags, longest)`, and which of these are inside."""
     sizes = [end - start for start, end in zip(starts, [*starts[1:], total], strict=False)]
-    steps = torch.arange(max(sizes, default=0))
-    inside = steps < torch.tensor(sizes, dtype=torch.long)[:, None]
+    steps = torch.arange(max(sizes, default=0), device=device)
+    inside = steps < torch.tensor(sizes, dtype=torch.long, device=device)[:, None]
     # past its end a bag shows its first entry, which is not counted
-    return torch.tensor(starts, dtype=torch.long)[:, None].clamp_max(max(0, total - 1)) + steps * inside, inside
+    first = torch.tensor(starts, dtype=torch.long, device=device)[:, None].clamp_max(max(0, total - 1))
+    return first + steps * inside, inside
 
 
 def _in_bags(x: Tensor, positions: Tensor) -> Tensor:
-    rows = x if positions.flatten().equal(torch.arange(len(x))) else x.index_select(0, positions.flatten().to(x.device))
+    rows = x if positions.flatten().equal(torch.arange(len(x), device=x.device)) else x.index_select(0, positions.flatten())
     return rows.reshape(positions.shape)

@@ -159,14 +159,16 @@ def _packed(
     with in_step():
         x, mask = _unpacked(data, batch_sizes)
         settings = (has_biases, num_layers, dropout, train, bidirectional)
-        out, *finals = _layers(cell, x, states, params, settings, mask.to(data.device))
-        return (out.flatten(0, 1).index_select(0, _rows(batch_sizes).to(data.device)), *finals)
+        out, *finals = _layers(cell, x, states, params, settings, mask)
+        return (out.flatten(0, 1).index_select(0, _rows(batch_sizes, data.device)), *finals)
 
 
-def _rows(batch_sizes: Tensor) -> Tensor:
+def _rows(batch_sizes: Tensor, device: torch.device) -> Tensor:
     """Where the packed rows stand among the `t * n` padded ones."""
     sizes = batch_sizes.tolist()
-    return torch.tensor([t * sizes[0] + i for t, size in enumerate(sizes) for i in range(size)], dtype=torch.long)
+    return torch.tensor(
+        [t * sizes[0] + i for t, size in enumerate(sizes) for i in range(size)], dtype=torch.long, device=device
+    )
 
 
 def _unpacked(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +179,7 @@ def _unpacked(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     source = [starts[t] + i if i < size else i for t, size in enumerate(sizes) for i in range(sizes[0])]
     mask = [[[i < size] for i in range(sizes[0])] for size in sizes]
     picked = data.index_select(0, torch.tensor(source, dtype=torch.long, device=data.device))
-    return picked.reshape(len(sizes), sizes[0], *data.shape[1:]), torch.tensor(mask)
+    return picked.reshape(len(sizes), sizes[0], *data.shape[1:]), torch.tensor(mask, device=data.device)
 
 
 @expand(_OPS.lstm)
@@ -210,10 +212,12 @@ def pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> t
         raise RuntimeError(
             f"pack_padded_sequence: expected positive lengths in decreasing order, got {counts}. Pass enforce_sorted=False."
         )
-    batch_sizes = torch.tensor([sum(t < count for count in counts) for t in range(max(counts, default=0))], dtype=torch.long)
+    batch_sizes = torch.tensor(
+        [sum(t < count for count in counts) for t in range(max(counts, default=0))], dtype=torch.long, device="cpu"
+    )
     steps = input.transpose(0, 1) if batch_first else input
     with in_step():
-        return steps.flatten(0, 1).index_select(0, _rows(batch_sizes).to(input.device)), batch_sizes
+        return steps.flatten(0, 1).index_select(0, _rows(batch_sizes, input.device)), batch_sizes
 
 
 @expand(_OPS._pad_packed_sequence)  # noqa: SLF001
