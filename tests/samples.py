@@ -34,7 +34,8 @@ def module(make: Callable[[], nn.Module]) -> Op:
     layer = make().double().eval()
 
     def call(*inputs: Tensor, **parameters: Tensor) -> Any:
-        return torch.func.functional_call(layer, parameters, inputs)
+        # its buffers go where the inputs are
+        return torch.func.functional_call(layer.to(inputs[0].device), parameters, inputs)
 
     call.__name__ = repr(layer)
     return call
@@ -503,9 +504,9 @@ OWN: list[tuple[Op, list[Sample]]] = [
     (named("stack", lambda a, c: torch.stack([a, c], -1)), [s(x(3, 4), p(3, 4))]),
     (named("expanded", lambda a, c: c.expand_as(a) * a), [s(x(3, 4), p(3, 1))]),
     (named("tiled", lambda a, c: c.repeat(3, 1) * a), [s(x(3, 4), p(1, 4))]),
-    (named("indexed", lambda a, c: c[torch.arange(3)] * a), [s(x(3, 4), p(5, 4))]),
+    (named("indexed", lambda a, c: c[torch.arange(3, device=a.device)] * a), [s(x(3, 4), p(5, 4))]),
     (named("sliced", lambda a, c: c[:3] * a), [s(x(3, 4), p(5, 4))]),
-    (named("gathered", lambda a, c: F.embedding(torch.tensor([1, 0, 1]), c) * a), [s(x(3, 4), p(5, 4))]),
+    (named("gathered", lambda a, c: F.embedding(torch.tensor([1, 0, 1], device=a.device), c) * a), [s(x(3, 4), p(5, 4))]),
 ]
 ABOVE = [
     s(x(3, 4).abs() + 1, nn.Parameter(p(4).abs().detach() + 0.5)),
@@ -575,6 +576,11 @@ ELEMENTWISE: list[tuple[Op, list[Sample]]] = [
 ]
 
 
+def _places(a: Tensor) -> Tensor:
+    """The places of positions, the same for every sample, `(n, t)`."""
+    return torch.arange(a.shape[1], device=a.device).expand(a.shape[:2])
+
+
 def _written(out: Tensor, bias: Tensor) -> Tensor:
     out[:, 0].add_(bias)
     out.select(1, 1).mul_(bias)
@@ -599,7 +605,10 @@ INPLACE: list[tuple[Op, list[Sample]]] = [
         named("+=", lambda a, w, b: (a @ w).add_(b, alpha=2).tanh_()),
         [s(x(3, 4), p(4, 2), p(2)), s(x(3, 5, 4), p(4, 2), p(5, 2))],
     ),
-    (named("masked_fill_", lambda a, w: F.linear(a, w).masked_fill_(torch.tensor([True, False]), 0.0)), [s(x(3, 4), p(2, 4))]),
+    (
+        named("masked_fill_", lambda a, w: F.linear(a, w).masked_fill_(torch.tensor([True, False], device=a.device), 0.0)),
+        [s(x(3, 4), p(2, 4))],
+    ),
     (
         named("view written", lambda a, w, b: _written(F.linear(a, w), b)),
         [s(x(3, 5, 4), p(2, 4), p(2)), s(x(3, 3, 4), p(2, 4), p())],
@@ -639,12 +648,25 @@ JOINS: list[tuple[Op, list[Sample]]] = [
     ),
     (named("padded", lambda a, w: F.pad(a, (1, 1)) * w), [s(x(3, 4), p(6))]),
     (
-        named("positions", lambda a, w: a + F.embedding(torch.arange(a.shape[1]), w)),
+        named("positions", lambda a, w: a + F.embedding(torch.arange(a.shape[1], device=a.device), w)),
         [s(x(3, 5, 4), p(6, 4)), s(x(3, 3, 4), p(3, 4))],
     ),
-    (named("positions (1, T)", lambda a, w: a + F.embedding(torch.arange(a.shape[1])[None], w)), [s(x(3, 3, 4), p(3, 4))]),
     (
-        named("positions (T, 1)", lambda a, w: a + F.embedding(torch.arange(a.shape[0])[:, None], w)),
+        named("positions (1, T)", lambda a, w: a + F.embedding(torch.arange(a.shape[1], device=a.device)[None], w)),
+        [s(x(3, 3, 4), p(3, 4))],
+    ),
+    (named("positions (n, T)", lambda a, w: a + F.embedding(_places(a), w)), [s(x(3, 5, 4), p(6, 4)), s(x(3, 3, 4), p(3, 4))]),
+    (
+        named("positions twice", lambda a, w: a * F.embedding(_places(a) // 2, w) + F.embedding(_places(a)[:1], w)),
+        [s(x(3, 5, 4), p(6, 4))],
+    ),
+    (named("positions, padding", lambda a, w: a + F.embedding(_places(a), w, padding_idx=1)), [s(x(3, 5, 4), p(6, 4))]),
+    (
+        named("positions, counted", lambda a, w: a + F.embedding(_places(a[:1])[0] // 2, w, scale_grad_by_freq=True)),
+        [s(x(3, 5, 4), p(6, 4))],
+    ),
+    (
+        named("positions (T, 1)", lambda a, w: a + F.embedding(torch.arange(a.shape[0], device=a.device)[:, None], w)),
         [s(x(3, 3, 4), p(3, 4), dim=1), s(x(5, 3, 4), p(6, 4), dim=1)],
     ),
     (
@@ -683,10 +705,10 @@ DERIVED: list[tuple[Op, list[Sample]]] = [
     (named("kron", lambda a, u, v: F.linear(a, torch.kron(u, v))), [s(x(3, 4), p(1, 2), p(2, 2))]),
     (named("expanded conv", lambda a, w: F.conv2d(a, w.expand(4, -1, -1, -1))), [s(x(3, 2, 4, 4), p(1, 2, 3, 3))]),
     (named("stacked", lambda a, u, v: F.linear(a, torch.stack([u, v]), torch.cat([u[:1], v[:1]]))), [s(x(3, 4), p(4), p(4))]),
-    (named("masked", lambda a, w: F.linear(a, w * torch.ones(2, 4).tril())), [s(x(3, 4), p(2, 4))]),
+    (named("masked", lambda a, w: F.linear(a, w * torch.ones(2, 4, device=a.device).tril())), [s(x(3, 4), p(2, 4))]),
     (named("padded weight", lambda a, w: F.conv1d(a, F.pad(w, (1, 1)))), [s(x(3, 2, 6), p(2, 2, 3))]),
     (named("permuted", lambda a, w: torch.einsum("nti,oi->nto", a, w.permute(1, 0))), [s(x(3, 5, 4), p(4, 2))]),
-    (named("index rows", lambda a, w: F.linear(a, w[torch.tensor([0, 2, 2])])), [s(x(3, 4), p(4, 4))]),
+    (named("index rows", lambda a, w: F.linear(a, w[torch.tensor([0, 2, 2], device=a.device)])), [s(x(3, 4), p(4, 4))]),
     (named("regularised", lambda a, w: F.linear(a, w) + w.square().sum()), [s(x(3, 4), p(2, 4))]),
     (
         named(

@@ -56,7 +56,7 @@ ALLOWED = {
     "projections": {"errors"},
     "registry": {"errors"},
     "contractions": {"errors"},
-    "collecting": {"errors", "factors", "sums"},
+    "collecting": {"errors", "factors", "outer", "sums"},
     "taps": {"errors", "factors", "collecting"},
 }
 

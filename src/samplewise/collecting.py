@@ -11,7 +11,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .errors import SamplewiseError, UnsupportedOpError
-from .factors import Dense, Factor, Pulled
+from .factors import Dense, Diagonal, Factor, Pulled
+from .outer import Rows
 from .sums import Store, add
 
 
@@ -257,6 +258,9 @@ class Collector:
 
     def _pulled(self, source: Source, factor: Factor, name: str, *, linear: bool) -> Factor:
         parameter = self.parameters[name]
+        rows = _rows_looked_up(source, factor, parameter) if linear else None
+        if rows is not None:
+            return rows
         return Pulled(
             factor,
             lambda rows: self._pull(source, rows, parameter),
@@ -277,6 +281,30 @@ class Collector:
                 f"record: the gradient of a tensor computed from {' and '.join(map(repr, sorted(source.names)))} cannot be taken back to "
                 f"them ({error}). Compute it with ordinary ops, and without reentrant checkpointing."
             ) from error
+
+
+def _rows_looked_up(source: Source, factor: Factor, table: nn.Parameter) -> Factor | None:
+    """The gradient of a table whose rows were looked up at places that are the same for all samples, as rows; None for anything else."""
+    node: Any = source.edge and source.edge.node
+    if type(node).__name__ != "EmbeddingBackward0" or getattr(node.next_functions[0][0], "variable", None) is not table:
+        return None
+    # no padding is a number beyond all rows
+    if node._saved_padding_idx < len(table) or node._saved_scale_grad_by_freq:  # noqa: SLF001
+        return None
+    try:
+        places: Tensor = node._saved_indices  # noqa: SLF001
+    except RuntimeError:
+        # changed in place since: the pull-back will say so
+        return None
+    if isinstance(factor, Dense):
+        n = factor.n
+        index, value = places.flatten().expand(n, places.numel()), factor.grad
+    elif isinstance(factor, Diagonal) and factor.in_order and factor.dim < places.ndim:
+        n = factor.samples
+        index, value = places.movedim(factor.dim, 0).reshape(n, places.numel() // max(1, n)), factor.grad.movedim(factor.dim, 0)
+    else:
+        return None
+    return Rows(index, value.reshape(*index.shape, table.shape[1]), table.shape)
 
 
 def _vector_jacobian(edge: GradientEdge, rows: Tensor, parameter: nn.Parameter, *, create_graph: bool) -> Tensor:

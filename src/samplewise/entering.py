@@ -190,8 +190,8 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
         grad = grads[0]
         assert grad is not None
         if diagonal:
-            owners = placed.owners(n).to(grad.device)
-            return [(source, uses, Diagonal(grad.reshape(source.shape), owners, dim, n))]
+            owners = placed.owners(n, grad.device)
+            return [(source, uses, Diagonal(grad.reshape(source.shape), owners, dim, n, placed == Axis(dim)))]
         rest = [*[1] * below, *shape]
         del rest[dim]
         dense = _sum_to(placed.rows(grad, n), Size(rest))

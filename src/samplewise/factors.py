@@ -107,6 +107,8 @@ class Diagonal(Factor):
     owners: Tensor  # (shape[dim],): the sample of each position on axis dim
     dim: int
     samples: int
+    # one position for each sample, in their order
+    in_order: bool = False
 
     @property
     def shape(self) -> Size:  # type: ignore[override]
