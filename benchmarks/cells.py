@@ -74,24 +74,33 @@ def first_line(error: object, length: int = 160) -> str:
 # --- time -----------------------------------------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """The time of a call; its result is dropped after the clock has stopped. The garbage collector waits, as in `timeit`."""
+def seconds(run: Callable[[], object], device: str, in_a_row: int = 1) -> float:
+    """The time of a call; its result is dropped after the clock has stopped. The garbage collector waits, as in `timeit`.
+
+    On CUDA of one of several in a row, as in training: the host may run ahead of the device.
+    """
     gc.disable()
     if device == "cpu":
         start = time.perf_counter()
         result = run()
         elapsed = time.perf_counter() - start
+        del result
     else:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        result = run()
-        end.record()
-        torch.cuda.synchronize()
-        elapsed = start.elapsed_time(end) / 1e3
-    del result
+        elapsed = cuda_seconds(run, in_a_row)
     gc.enable()
     return elapsed
+
+
+def cuda_seconds(run: Callable[[], object], calls: int) -> float:
+    """By the device's clock."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +129,10 @@ def peak(device: str) -> int:
 
 
 def memory(system: str, quantity: str, problem: Problem, device: str) -> dict[str, float]:
-    """Peak MiB of three steps of a method beyond the idle process: what is freed is not all found again at once; and of live tensors."""
+    """Peak MiB of three steps of a method beyond the idle process: what is freed is not all found again at once; and of live tensors.
+
+    On CUDA both are the most that the allocator gave out, which is the same in every process.
+    """
     run = SYSTEMS[system].methods[quantity]
     ready = SYSTEMS[system].prepare(problem, quantity)
     # Two samples bring in the code that is loaded on first use.
@@ -144,6 +156,14 @@ def live(run: Callable[[], object]) -> float:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0)) / MIB
+
+
+def memory_here(system: str, quantity: str, problem: Problem, device: str) -> dict[str, float | str]:
+    """`memory` in this process, which does where the allocator counts."""
+    try:
+        return dict(memory(system, quantity, problem, device))
+    except RuntimeError as error:
+        return {"trouble": f"raises {type(error).__name__}: {first_line(error)}"}
 
 
 @dataclass(frozen=True)

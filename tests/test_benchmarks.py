@@ -149,7 +149,7 @@ def test_first_line():
 def test_rounds(monkeypatch):
     taken = {(PLAIN, PLAIN): 2.0, ("quick", NORMS): 3.0, ("slow", NORMS): 60.0}
     calls = []
-    monkeypatch.setattr(compare, "seconds", lambda run, _: run())
+    monkeypatch.setattr(compare, "seconds", lambda run, *_: run())
     runs = {method: lambda method=method: calls.append(method) or taken[method] for method in taken}
     found = rounds(runs, repeats=5, budget=100.0, device="cpu")
     assert {method: len(pairs) for method, pairs in found.items()} == {

@@ -14,7 +14,10 @@ from torch.utils.data import TensorDataset
 import samplewise
 from samplewise.attribution import ScoreTask
 
-MODULES = [m.name for m in pkgutil.walk_packages(samplewise.__path__, "samplewise.") if not m.name.endswith("__main__")]
+# kernels need Triton, and nothing in them is public
+MODULES = [
+    m.name for m in pkgutil.walk_packages(samplewise.__path__, "samplewise.") if not m.name.endswith(("__main__", ".kernels"))
+]
 MODEL, DATASET = nn.Linear(4, 3), TensorDataset(torch.randn(8, 4), torch.arange(8) % 3)
 
 

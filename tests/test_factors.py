@@ -275,7 +275,7 @@ def test_a_norm_that_cancels_is_not_negative() -> None:
 def test_chunks_do_not_change_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {name: make(5) for name, make in FACTORS.items() if "dense" in name}
     norms = {name: factor.sq_norms() for name, factor in wanted.items()}
-    monkeypatch.setattr("samplewise.factors._CHUNK_BYTES", 1)
+    monkeypatch.setattr("samplewise.factors._CACHED", 1)
     for name, factor in wanted.items():
         torch.testing.assert_close(factor.sq_norms(), norms[name])
 

@@ -60,7 +60,7 @@ def _unfold_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
 def _gram_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
     t, g, outputs = math.prod(geometry.space), geometry.groups, geometry.shape[0]
     if math.prod(geometry.shape[2:]) == 1:
-        gram = gram_seconds((g, t, outputs // g, geometry.shape[1]), itemsize, rate)
+        gram = gram_seconds((g, t, outputs // g, geometry.shape[1]), max(4, itemsize), rate)
         return _unfold_seconds(geometry, itemsize, rate) + gram
     pixels = sum(math.prod(phase.sizes) ** 2 for phase in phases(geometry))
     flops = 2 * outputs * t * t + 2 * g * geometry.shape[1] * pixels

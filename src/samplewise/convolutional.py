@@ -13,7 +13,7 @@ from .convolution_costs import LANES, Ways, is_pointwise, ways
 from .factors import Dense, Factor, chunk_size, squares, wide
 from .outer import Outer, gram_norms
 from .pixels import Geometry, patch_grams, samples_last
-from .products import bmm
+from .products import operands, tile
 from .strategy import current, rates
 
 # (what for, shape, of which type) -> memory to write into
@@ -68,7 +68,7 @@ class Convolution(Factor):
             return out
         folds, straight = self.ways.folds, self._multiplies_into(out)
         # what is written once needs no place in the cache
-        size = chunk_size(self.ways.patches if straight else self.ways.tile, self.n)
+        size = chunk_size(self.ways.patches if straight else self.ways.tile, self.n, out.device)
         for rows, part in zip(out.split(size), self._parts(size), strict=True):
             if folds:
                 rows.copy_(part.folded())
@@ -83,9 +83,9 @@ class Convolution(Factor):
         if not self.n:
             return squares(self.to_dense())
         if self.algorithm == "gram":
-            size = chunk_size(self.groups * math.prod(self.grad.shape[2:]) ** 2 * self.grad.element_size(), self.n)
-            return _joined([part.gram_squares() for part in self._parts(size)])
-        return _joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.tile, self.n))])
+            held = self.groups * math.prod(self.grad.shape[2:]) ** 2 * max(4, self.grad.element_size())
+            return _joined([part.gram_squares() for part in self._parts(chunk_size(held, self.n, self.grad.device))])
+        return _joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.tile, self.n, self.grad.device))])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scale = weights.to(self.grad.dtype).reshape(-1, *[1] * (self.grad.ndim - 1))
@@ -110,8 +110,8 @@ class Convolution(Factor):
         """`sum_{p,q} (grad[p] · grad[q]) (patch[p] · patch[q])`, `(n,)`."""
         n, g = self.n, self.groups
         if math.prod(self.shape[2:]) == 1:
-            return gram_norms(wide(self._left()), wide(self.unfolded(scratch).right))
-        rows, images = wide(self.grad), wide(self.input)
+            return gram_norms(*operands(self._left(), self.unfolded(scratch).right))
+        rows, images = operands(self.grad, self.input)
         if g > 1:
             rows, images = rows.unflatten(1, (g, -1)).flatten(0, 1), images.unflatten(1, (g, -1)).flatten(0, 1)
         products = patch_grams(images, self.geometry) * samples_last(rows.flatten(2))
@@ -181,7 +181,8 @@ class Convolution(Factor):
 
 def _transposed_products(outer: Outer) -> Tensor:
     """`(n * g, i, o)`: BLAS is faster with the wider side first, and with the even one last."""
-    return bmm(wide(outer.right).flatten(0, 1).mT, wide(outer.left).flatten(0, 1), "tile")
+    right, left = operands(outer.right, outer.left)
+    return tile(right.flatten(0, 1), left.flatten(0, 1))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Size, Tensor
 
-# Dense work goes in chunks that stay in cache.
-_CHUNK_BYTES = 5 * 2**19
+# Dense work goes in chunks: on a CPU such as stay in its cache, elsewhere such as keep the device busy.
+_CACHED, _BUSY = 5 * 2**19, 2**26
 _PIECE = 4096
-_HALF = frozenset({torch.float16, torch.bfloat16})
+HALF = frozenset({torch.float16, torch.bfloat16})
 
 
 class Factor(ABC):
@@ -234,9 +234,9 @@ def squares(x: Tensor) -> Tensor:
     rows = flat(torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
     if torch.is_grad_enabled():
         return wide(rows).square().sum(1)
-    # reads the rows once and writes nothing; in pieces, because in float32 one long sum is off by 1e-3 at 25 million entries
-    wider, body = torch.float32 if x.dtype in _HALF else None, rows.shape[1] // _PIECE * _PIECE
-    if not body:
+    # reads the rows once and writes nothing; on a CPU in pieces, because in float32 one long sum is off by 1e-3 at 25 million entries
+    wider, body = torch.float32 if x.dtype in HALF else None, rows.shape[1] // _PIECE * _PIECE
+    if not body or x.device.type != "cpu":
         short: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wider)
         return short.square()
     pieces = torch.linalg.vector_norm(rows[:, :body].unflatten(1, (-1, _PIECE)), dim=2, dtype=wider)
@@ -249,10 +249,10 @@ def wide(x: Tensor) -> Tensor:
     """The same values in a type that sums safely: float32 for half precision, real and imaginary parts for complex."""
     if x.is_complex():
         return torch.view_as_real(x.resolve_conj())
-    return x.float() if x.dtype in _HALF else x
+    return x.float() if x.dtype in HALF else x
 
 
-def chunk_size(bytes_per_sample: int, n: int) -> int:
-    """How many of n samples' dense gradients stay in cache: about equally many in each chunk."""
-    most = max(1, _CHUNK_BYTES // max(1, bytes_per_sample))
+def chunk_size(bytes_per_sample: int, n: int, device: torch.device) -> int:
+    """How many of n samples to work on at once: about equally many in each chunk."""
+    most = max(1, (_CACHED if device.type == "cpu" else _BUSY) // max(1, bytes_per_sample))
     return math.ceil(n / math.ceil(n / most)) if n else 1

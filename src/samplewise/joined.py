@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .factors import Dense, Factor, flat, squares
 
-# In elements; beyond it a call's own cost does not count.
-_SMALL = 2**14
+# In elements; beyond it a call's own cost does not count, which is longer in coming where calls are launched on another device.
+_SMALL, _SMALL_ELSEWHERE = 2**14, 2**20
 
 
 class Joined:
@@ -27,7 +27,8 @@ class Joined:
         """Take the factor of a parameter, if it is a small one. With a graph each stays by itself: parts cannot be changed in place."""
         if torch.is_grad_enabled() or not isinstance(factor, Dense):
             return False
-        if factor.grad.numel() > _SMALL or not factor.grad.is_floating_point():
+        most = _SMALL if factor.grad.device.type == "cpu" else _SMALL_ELSEWHERE
+        if factor.grad.numel() > most or not factor.grad.is_floating_point():
             return False
         self._groups.setdefault((factor.grad.device, factor.grad.dtype), {})[name] = factor.grad
         return True

@@ -9,11 +9,13 @@ from torch import Size, Tensor
 
 from .buffers import scratch
 from .factors import Dense, Factor, chunk_size, squares, wide
-from .products import bmm, has_onednn, onednn_linear
+from .products import bmm, has_onednn, onednn_linear, operands, own_kernels, tile
 from .strategy import Rates, current, rates
 
 # Below it, in flop, the call itself costs more than the product.
 _SMALL_PRODUCT = 1e8
+# The flop/s of our own kernel for Grams, in those of batched products (measured on an H100).
+_OWN_KERNEL = 0.65
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Outer(Factor):
         if name in {"gram", "tile"}:
             return name
         rate = rates(self.left)
-        gram = gram_seconds((g, t, o, i), self.left.element_size(), rate)
+        gram = gram_seconds((g, t, o, i), max(4, self.left.element_size()), rate)
         # 2 t o i flop, written to cache and read once
         tile = g * o * i * (2 * t / max(rate.product, rate.linear) + 2 * self.left.element_size() / rate.memory)
         return "gram" if name == "auto" and gram <= tile else "tile"
@@ -68,11 +70,10 @@ class Outer(Factor):
                 return squares(self.left) * squares(self.right)
             each = squares(self.left.reshape(n * g, o)) * squares(self.right.reshape(n * g, i))
             return each.reshape(n, g).sum(1)
-        left, right = wide(self.left), wide(self.right)
         if self.algorithm == "gram":
             # Ghost norm (Li et al. 2022, arXiv:2110.05679)
-            return gram_norms(left, right)
-        return torch.cat([squares(part) for part in _tiles(left, right)])
+            return gram_norms(*operands(self.left, self.right))
+        return torch.cat([squares(part) for part in _tiles(*operands(self.left, self.right))])
 
     def inner(self, other: Factor) -> Tensor:
         if isinstance(other, Outer) and _same_blocks(self, other):
@@ -89,8 +90,7 @@ class Outer(Factor):
         scale = weights.to(self.left.dtype)
         if g == 1:
             # one product over all samples and positions, as the ordinary gradient is
-            rows = scale[:, None].expand(n, t).reshape(n * t)
-            return _summed(self.left.reshape(n * t, o), self.right.reshape(n * t, i), rows).reshape(self.shape)
+            return _summed(self.left.reshape(n, t, o), self.right.reshape(n, t, i), scale[:, None]).reshape(self.shape)
         return torch.einsum("n,ngto,ngti->goi", scale, self.left, self.right).reshape(self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
@@ -162,7 +162,8 @@ class Rows(Factor):
             # tied embedding and head: <E, H> = sum_{t,s} left[t, index[s]] (right[t] · value[s])
             t = other.left.shape[2]
             picked = other.left[:, 0].gather(2, self.index[:, None].expand(-1, t, -1))
-            return (wide(picked) * (wide(other.right[:, 0]) @ wide(self.value).mT)).sum((1, 2))
+            right, value = operands(other.right[:, 0], self.value)
+            return (wide(picked) * bmm(right, value.mT, "tied")).sum((1, 2))
         if isinstance(other, Dense):
             picked = other.grad[torch.arange(self.n, device=self.index.device)[:, None], self.index]
             return (wide(picked) * wide(self.value)).sum((1, 2))
@@ -192,16 +193,24 @@ class Rows(Factor):
 def gram_seconds(sizes: tuple[int, int, int, int], itemsize: int, rate: Rates) -> float:
     """What norms by inner products of positions cost for each sample; `sizes` are g, t, o, i."""
     g, t, o, i = sizes
-    flops = g * t * (t + _block(t)) * (o + i)
+    if rate.device != "cpu":
+        # by pairs of full blocks, which our own kernel does without writing Grams
+        blocks = math.ceil(t / 128)
+        return g * blocks * (blocks + 1) * 128**2 * (o + i) / (_OWN_KERNEL * rate.product)
+    flops = g * t * (t + _block(t, rate.device)) * (o + i)
     # both Grams written, multiplied in place and summed
     return flops / rate.product + 4 * g * t * t * itemsize / rate.memory
 
 
 def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     """`sum_{t,s} (left[t] · left[s]) (right[t] · right[s])`, `(n,)`, by rows of blocks from the diagonal on: the rest is the same."""
-    (n, g, t, _), block = left.shape, _block(left.shape[2])
+    (n, g, t, _), block = left.shape, _block(left.shape[2], left.device.type)
     left, right = left.flatten(0, 1), right.flatten(0, 1)
-    total = left.new_zeros(n * g)
+    kernels = own_kernels(left)
+    if kernels is not None:
+        total: Tensor = kernels.gram_norms(left, right)
+        return total.reshape(n, g).sum(1)
+    total = wide(left.new_zeros(n * g))
     for start in range(0, t, block):
         rows = slice(start, start + block)
         products = bmm(left[:, rows], left[:, start:].mT, "gram, left")
@@ -212,8 +221,10 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     return total if g == 1 else total.reshape(n, g).sum(1)
 
 
-def _block(t: int) -> int:
+def _block(t: int, device: str) -> int:
     """Smaller ones save products, larger ones calls, and vector instructions want no rest (measured for t of 16 to 1024)."""
+    if device != "cpu":
+        return max(t, 1) if t <= 512 else 512
     if t <= 96:
         return max(t, 1) if t <= 32 else math.ceil(t / 2)
     return 48 if t < 512 else 128
@@ -226,21 +237,21 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
         for a, b in zip(left[:, 0], right[:, 0], strict=True):
             yield _by_linear_layer(a, b)[None]
         return
-    size = chunk_size(g * o * i * left.element_size(), n)
+    size = chunk_size(g * o * i * max(4, left.element_size()), n, left.device)
     for a, b in zip(left.split(size), right.split(size), strict=True):
-        tile = bmm(a.flatten(0, 1).mT, b.flatten(0, 1), "tile")
-        yield tile.reshape(len(a), g * o, i)
+        yield tile(a.flatten(0, 1), b.flatten(0, 1)).reshape(len(a), g * o, i)
 
 
 def _summed(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    """`sum_k weights[k] left[k] ⊗ right[k]` of two matrices."""
-    wide_left = left.shape[1] > right.shape[1]
-    if _by_onednn(left, 2 * left.numel() * right.shape[1]):
-        product = _by_linear_layer(left, right, weights)
+    """`sum_{n,t} weights[n] left[n,t] ⊗ right[n,t]`; weights is `(n, 1)`."""
+    wide_left, (n, t, _) = left.shape[2] > right.shape[2], left.shape
+    if _by_onednn(left, 2 * left.numel() * right.shape[2]):
+        product = _by_linear_layer(left.flatten(0, 1), right.flatten(0, 1), weights.expand(n, t).reshape(n * t))
         return product.mT.contiguous() if wide_left else product
     # the narrower of the two is the cheaper to scale
-    left, right = (left, _scaled(right, weights[:, None])) if wide_left else (_scaled(left, weights[:, None]), right)
-    return left.mT @ right
+    scale = weights[..., None]
+    left, right = (left, _scaled(right, scale)) if wide_left else (_scaled(left, scale), right)
+    return left.flatten(0, 1).mT @ right.flatten(0, 1)
 
 
 def _by_linear_layer(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:

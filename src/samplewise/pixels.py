@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .buffers import scratch
+from .factors import wide
 from .products import bmm
 
 Slices = tuple[slice, ...]
@@ -53,23 +54,24 @@ class Phase(NamedTuple):
 
 def patch_grams(input: Tensor, geometry: Geometry) -> Tensor:
     """`sum over channels and taps of patch[p] patch[q]` of images `(m, c, *sizes)`, `(t * t, m)` for t positions of the output."""
-    m, space = len(input), geometry.space
-    grams = scratch("patch grams", (*space, *space, m), input).zero_()
+    # half precision is added up in float32
+    m, space, like = len(input), geometry.space, wide(input[:0])
+    total = scratch("patch grams", (*space, *space, m), like).zero_()
     for phase in phases(geometry, m):
         moved = samples_last(input[phase.pixels].flatten(2))
         for k, stage in enumerate(phase.stages, 1):
-            into = grams if k == len(phase.stages) else scratch(f"moved along {k}", stage.shape, input).zero_()
+            into = total if k == len(phase.stages) else scratch(f"moved along {k}", stage.shape, like).zero_()
             for here, there in stage.moves:
                 # parts and not slices, which would be an op for each axis
                 into.as_strided(*here).add_(moved.as_strided(*there))
             moved = into
-    return grams.flatten(0, -2)
+    return total.flatten(0, -2)
 
 
 def samples_last(x: Tensor) -> Tensor:
     """The Grams of the columns of `(m, c, t)`, as `(t * t, m)`, in memory that the next ones overwrite."""
-    grams = bmm(x.mT, x, "gram").flatten(1).mT
-    return scratch("gram, samples last", grams.shape, grams).copy_(grams)
+    (m, _, t), products = x.shape, bmm(x.mT, x, "gram")
+    return scratch("gram, samples last", (t, t, m), products).copy_(products.permute(1, 2, 0)).view(t * t, m)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,21 +1,67 @@
-"""Products of matrices into memory in use, and by oneDNN, which on some CPUs is faster than the BLAS."""
+"""Products of matrices: into memory in use, in float32 where half precision comes in, by oneDNN, and by kernels of our own."""
 
 import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .buffers import scratch
+from .factors import HALF, wide
 
 # In flop: below it oneDNN's calls cost more than the product.
 _SMALL_PRODUCT = 4e6
+# Rows beyond which torch's own product of weights and rows is as fast.
+_FEW_ROWS = 16
+
+
+def operands(*given: Tensor) -> tuple[Tensor, ...]:
+    """As `bmm` takes them: in float32 or better, except where there are units that multiply half precision and add up in float32."""
+    first = given[0]
+    if first.device.type == "cuda" and not torch.is_grad_enabled() and all(x.dtype is first.dtype for x in given):
+        return given
+    return tuple(wide(x) for x in given)
 
 
 def bmm(a: Tensor, b: Tensor, slot: str) -> Tensor:
-    """A batched product, into memory that the slot's next one overwrites."""
+    """A batched product of operands, in float32 or better, into memory that the slot's next one overwrites."""
     if torch.is_grad_enabled():
         return a @ b
+    if a.dtype in HALF:
+        # by the units for it, which add up in float32
+        product: Tensor = torch.bmm(a, b, out_dtype=torch.float32)
+        return product
     return torch.bmm(a, b, out=scratch(slot, (a.shape[0], a.shape[1], b.shape[2]), a))
+
+
+def tile(left: Tensor, right: Tensor) -> Tensor:
+    """The gradients `left.mT @ right` of some samples, whose norms are taken: of bfloat16, whose range is that of float32, in that."""
+    return torch.bmm(left.mT, right) if left.dtype is torch.bfloat16 else bmm(left.mT, right, "tile")
+
+
+def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
+    """`sum_n weights[n] rows[n]`, `(p,)`."""
+    kernels = own_kernels(rows) if len(rows) <= _FEW_ROWS and rows.is_contiguous() else None
+    return weights.to(rows.dtype) @ rows if kernels is None else kernels.weighted_rows(weights, rows)
+
+
+def own_kernels(x: Tensor) -> ModuleType | None:
+    """Our own kernels, where they may take a tensor and what is like it: half precision on CUDA, and no graph or trace."""
+    if x.device.type != "cuda" or x.dtype not in HALF or torch.is_grad_enabled() or not x.numel():
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():  # noqa: SLF001
+        return None
+    kernels = _kernels()
+    return kernels if kernels is not None and x[0].numel() <= kernels.MOST else None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from . import kernels  # noqa: PLC0415  (Triton comes with torch for CUDA)
+    except ImportError:
+        return None
+    return kernels
 
 
 def has_onednn(like: Tensor) -> bool:

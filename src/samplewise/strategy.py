@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from .products import has_onednn, onednn_linear
+from .products import bmm, has_onednn, onednn_linear, operands
 
 STRATEGIES = ("auto", "gram", "tile", "store")
 # Gradients that stay below it in all are stored whenever that saves time; larger ones only where it saves memory too.
@@ -78,7 +78,7 @@ class Rates:
 
     # flop/s of batched matrix products
     product: float
-    # flop/s of the ordinary weight gradient of a convolution
+    # flop/s of the weight gradients of a convolution with the samples as groups; on a CPU those of its ordinary weight gradient
     convolution: float
     # flop/s of a weight gradient by oneDNN's linear layer, zero where there is none: on some CPUs twice those of the BLAS
     linear: float
@@ -86,10 +86,12 @@ class Rates:
     layer: float
     # bytes/s into memory in use
     memory: float
+    # the type of device
+    device: str = "cpu"
 
 
-# Of a server CPU with two threads, and of an H200 (arithmetic, not measured); `calibrate` measures.
-_UNMEASURED = {"cpu": Rates(180e9, 300e9, 0.0, 0.0, 40e9), "cuda": Rates(40e12, 20e12, 0.0, 0.0, 4e12)}
+# Of a server CPU with two threads, and of an H100; `calibrate` measures.
+_UNMEASURED = {"cpu": Rates(180e9, 300e9, 0.0, 0.0, 40e9), "cuda": Rates(40e12, 4e12, 0.0, 0.0, 2.5e12, "cuda")}
 _HALF_SPEEDUP = 10
 Key = tuple[torch.device, torch.dtype, int]
 _MEASURED: dict[Key, Rates] = {}
@@ -102,7 +104,7 @@ def rates(like: Tensor) -> Rates:
         return found
     typical = _UNMEASURED.get(like.device.type, _UNMEASURED["cpu"])
     if like.device.type == "cuda" and like.dtype in {torch.float16, torch.bfloat16}:
-        return Rates(_HALF_SPEEDUP * typical.product, _HALF_SPEEDUP * typical.convolution, 0.0, 0.0, typical.memory)
+        return replace(typical, product=_HALF_SPEEDUP * typical.product)
     return typical
 
 
@@ -153,27 +155,30 @@ def prepare(like: Tensor) -> None:
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
     """Five small probes, about a tenth of a second in all."""
     with torch._C.DisableTorchFunction(), torch.inference_mode():  # noqa: SLF001
-        scale = 4 if device.type == "cuda" else 1
-        n, t, c = 8 * scale, 128, 256 * scale
-        a = torch.ones(n, t, c, device=device, dtype=dtype)
-        out = torch.empty(n, c, c, device=device, dtype=dtype)
-        far, near = torch.ones(2, 2**23 * scale, device=device, dtype=dtype)
-        image = torch.ones(16, 64, 16, 16, device=device, dtype=dtype)
-        settings = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
-        weight = torch.ones(64, 64, 3, 3, device=device, dtype=dtype)
-        flops = 2 * n * t * c * c
+        # what fills the device
+        n, t, c, size = (8, 128, 256, 2**23) if device.type == "cpu" else (8, 1024, 1024, 2**25)
+        a = torch.rand(n, t, c, device=device, dtype=dtype)
+        far, near = torch.rand(2, size, device=device, dtype=dtype)
+        (rows,) = operands(a)
         linear, layer = _measure_onednn(a.flatten(0, 1), device) if has_onednn(a) else (0.0, 0.0)
         return Rates(
             linear=linear,
             layer=layer,
-            product=flops / _seconds(lambda: torch.bmm(a.mT, a, out=out), device),
-            convolution=2
-            * 16
-            * 256
-            * weight.numel()
-            / _seconds(lambda: torch.ops.aten.convolution_backward(image, image, weight, None, *settings), device),
+            product=2 * n * t * c * c / _seconds(lambda: bmm(rows.mT, rows, "tile"), device),
+            convolution=_measure_convolution(device, dtype),
             memory=2 * far.nbytes / _seconds(lambda: torch.neg(far, out=near), device),
+            device=device.type,
         )
+
+
+def _measure_convolution(device: torch.device, dtype: torch.dtype) -> float:
+    """`Rates.convolution`: samples as groups cost a CPU no more than a batch does, and other devices much more."""
+    n, groups, c = (16, 1, 64) if device.type == "cpu" else (1, 64, 64)
+    image = torch.rand(n, groups * c, 16, 16, device=device, dtype=dtype)
+    weight = torch.rand(groups * c, c, 3, 3, device=device, dtype=dtype)
+    settings = ([1, 1], [1, 1], [1, 1], False, [0, 0], groups, [False, True, False])
+    seconds = _seconds(lambda: torch.ops.aten.convolution_backward(image, image, weight, None, *settings), device)
+    return 2 * n * 16 * 16 * weight.numel() / seconds
 
 
 def _measure_onednn(rows: Tensor, device: torch.device) -> tuple[float, float]:
@@ -188,14 +193,27 @@ def _measure_onednn(rows: Tensor, device: torch.device) -> tuple[float, float]:
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
     """The shortest of several: what else the machine does must not count."""
+    if device.type == "cuda":
+        return min(_cuda_seconds(run, device) for _ in range(repeats))
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[2:])
+
+
+def _cuda_seconds(run: Callable[[], object], device: torch.device, calls: int = 10) -> float:
+    """Of one of several calls in a row, which the device has before it starts, but for the first."""
+    with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        run()
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / calls
 
 
 # --- keeping ----------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import torch
 from torch import Size, Tensor
 
 from .buffers import scratch
-from .factors import Dense, Factor, Pulled, Single
+from .factors import Dense, Factor, Pulled, Single, flat
 from .outer import Outer, Rows
+from .products import weighted_rows
 from .strategy import current
 
 
@@ -110,6 +111,13 @@ def _apart(terms: Sequence[Factor]) -> bool:
     return len(regions) == len(terms) and all(a.stop <= b.start for a, b in itertools.pairwise(regions))
 
 
+class Kept(Dense):
+    """Gradients of many numbers, formed once in place of a factor."""
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return weighted_rows(weights, flat(self.grad)).reshape(self.shape)
+
+
 @dataclass
 class Store:
     """Keeps gradients in place of factors, where that takes less memory, or less time within the budget."""
@@ -135,7 +143,7 @@ class Store:
         """The gradients, as a factor."""
         like, shape = _first(_held(factor)), (factor.n, *factor.shape)
         self.reuse -= math.prod(shape) * like.element_size()
-        return Dense(factor.write(like.new_empty(shape) if self.reuse < 0 else scratch(slot, shape, like)))
+        return Kept(factor.write(like.new_empty(shape) if self.reuse < 0 else scratch(slot, shape, like)))
 
 
 def _held(factor: Factor) -> list[Tensor]:

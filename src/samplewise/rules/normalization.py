@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplewise.buffers import scratch
-from samplewise.factors import Dense
+from samplewise.factors import HALF, Dense
 from samplewise.registry import rule
 
 
@@ -76,7 +76,9 @@ def _group_norm(
     cudnn_enabled: bool = True,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The op, with the mean and the reciprocal deviation that it found."""
-    if not _keeps_statistics(input, weight, bias) or not input.is_contiguous():
+    # on CUDA its own backward in half precision is the op's, as plain training has it
+    half = input.device.type == "cuda" and input.dtype in HALF
+    if not _keeps_statistics(input, weight, bias, half=half) or not input.is_contiguous():
         return torch.group_norm(input, num_groups, weight, bias, eps, cudnn_enabled), ()
     n, c, *space = input.shape
     out, mean, rstd = torch.native_group_norm(input, weight, bias, n, c, math.prod(space), num_groups, eps)
@@ -109,9 +111,9 @@ def group_norm(
     return {"weight": Dense(scale.view(n, c)), "bias": Dense(shift.view(n, c))}
 
 
-def _keeps_statistics(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def _keeps_statistics(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, half: bool = False) -> bool:
     """Whether the op may be run so that it gives its statistics: as ever on a CPU or GPU, and not to be differentiated again."""
-    casts = torch.is_autocast_enabled(input.device.type) or input.dtype not in {torch.float32, torch.float64}
+    casts = torch.is_autocast_enabled(input.device.type) or not (half or input.dtype in {torch.float32, torch.float64})
     attached = any(x is not None and x.requires_grad for x in (weight, bias))
     return not casts and not attached and input.numel() > 0 and all(x is None or x.dtype == input.dtype for x in (weight, bias))
 
