@@ -23,8 +23,22 @@ from typing import Any
 
 import torch
 
-from cells import Place, Question, first_line, memories, memory_here, seconds
-from peers import FLOOR, GRADS, INTO, LOOP, NORMS, OURS, PLAIN, QUANTITIES, SYSTEMS, MissingGradientError, Problem, Result
+from cells import Place, Question, captured, first_line, memories, memory_here, seconds
+from peers import (
+    CLIPPED,
+    FLOOR,
+    GRADS,
+    INTO,
+    LOOP,
+    OURS,
+    PLAIN,
+    QUANTITIES,
+    SYSTEMS,
+    MissingGradientError,
+    Problem,
+    Result,
+    loop_norms,
+)
 from workloads import CUDA_WORKLOADS, WORKLOADS
 
 # The largest error of a parameter's gradients, as the norm of the difference over that of the loop's, that still counts as the loop's
@@ -56,6 +70,10 @@ class Cell:
     rounds: int = 0
     mib: float | None = None
     live: float | None = None
+    # of a replayed CUDA graph, over that of the plain step; why there is none
+    captured_ms: float | None = None
+    captured: tuple[float, float, float] | None = None
+    uncaptured: str = ""
 
 
 # --- right or wrong -------------------------------------------------------------------------------------------------------------
@@ -92,13 +110,14 @@ def judged(method: Method, problem: Problem, expected: Result, tolerance: float)
     return cell
 
 
-def all_judged(problem: Problem, tolerance: float) -> list[Cell]:
-    cells = []
+def all_judged(problem: Problem, tolerance: float, norms: Result) -> list[Cell]:
+    """Every method beside the loop, whose norms are known."""
+    cells, expected = [], norms
     for quantity in QUANTITIES:
-        expected = SYSTEMS[LOOP].methods[GRADS if quantity == INTO else quantity](problem)
+        if quantity in {CLIPPED, GRADS}:
+            expected = SYSTEMS[LOOP].methods[quantity](problem)
         systems = [name for name, system in SYSTEMS.items() if quantity in system.methods]
         cells += [judged((name, quantity), problem, expected, tolerance) for name in systems]
-        del expected
         tidy()
     return cells
 
@@ -158,6 +177,26 @@ def timed(cells: list[Cell], problem: Problem, repeats: int, budget: float, devi
     return list(good.values())
 
 
+def capture_timed(cells: list[Cell], problem: Problem, repeats: int) -> None:
+    """The same methods replayed from CUDA graphs, each beside the plain step's."""
+    plain = captured(prepared((PLAIN, PLAIN), problem))
+    for cell in cells:
+        if cell.ratio is not None and cell.ratio[0] > SLOW:
+            cell.uncaptured = "too slow"
+            continue
+        try:
+            replay = captured(prepared((cell.system, cell.quantity), problem))
+        except Exception as error:  # noqa: BLE001  (whatever a peer raises is its result)
+            cell.uncaptured = f"raises {type(error).__name__}: {first_line(error)}"
+            torch.cuda.synchronize()
+            continue
+        pairs = [(seconds(replay, "cuda", IN_A_ROW), seconds(plain, "cuda", IN_A_ROW)) for _ in range(repeats)]
+        cell.captured_ms = 1e3 * statistics.median(taken for taken, _ in pairs)
+        cell.captured = spread([taken / base for taken, base in pairs])
+        del replay
+        tidy()
+
+
 def prepared(method: Method, problem: Problem) -> Callable[[], object]:
     system, quantity = method
     ready = SYSTEMS[system].prepare(problem, quantity)
@@ -171,12 +210,16 @@ def measured(workload: str, place: Place, repeats: int, budget: float) -> Figure
     """Everything about one workload."""
     problem = place.problem(workload, {})
     # some samples are clipped, some are not
-    problem = replace(problem, limit=SYSTEMS[LOOP].methods[NORMS](problem).median().item())
+    norms = loop_norms(problem)
+    problem = replace(problem, limit=norms.median().item())
     say(f"{workload}: checking")
-    cells = all_judged(problem, TOLERANCE[place.dtype])
+    cells = all_judged(problem, TOLERANCE[place.dtype], norms)
     say(f"{workload}: timing")
     good = timed(cells, problem, repeats, budget, place.device)
     tidy()
+    if place.device == "cuda":
+        say(f"{workload}: timing captured steps")
+        capture_timed(good, problem, repeats)
     say(f"{workload}: memory of {len(good)} methods")
     own = [cell for cell in good if cell.system in {PLAIN, OURS}]
     others = [cell for cell in good if cell.system not in {PLAIN, OURS}]
@@ -211,6 +254,13 @@ def time_shown(cell: dict[str, Any] | None, _: Figures) -> str:
         return in_a_word(cell["trouble"])
     middle, low, high = (f"{value:.2f}" if value < 10 else f"{value:.1f}" for value in cell["ratio"])
     return f"{middle} ({low}-{high})"
+
+
+def captured_shown(cell: dict[str, Any] | None, _: Figures) -> str:
+    if cell is None or not cell.get("captured"):
+        return "" if cell is None else in_a_word(cell.get("uncaptured") or cell["trouble"])
+    middle, low, high = cell["captured"]
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def in_a_word(trouble: str) -> str:
@@ -279,17 +329,9 @@ not apply.
 
 {times}
 
-## Memory
-
-Peak memory of three steps beyond the idle process (model, batch, and the caller's buffers where there are any), over that of the plain
-step; each in a fresh process, the plain step and ours in three of them (median: single ones differ by up to a third).
+{captured}## Memory
 
 {memory}
-
-Live tensors: the most that torch held at once of what a step asked for, over that of the plain step; memory kept between steps counts.
-The heap's gaps between blocks do not, nor what the kernels' own libraries take. It is the same in every run.
-
-{live}
 
 ## Refused or wrong
 
@@ -303,6 +345,30 @@ but for the layers that Opacus itself replaces.
 """
 
 
+RESIDENT = """Peak memory of three steps beyond the idle process (model, batch, and the caller's buffers where there are any), over
+that of the plain step; each in a fresh process, the plain step and ours in three of them (median: single ones differ by up to a third).
+
+{memory}
+
+Live tensors: the most that torch held at once of what a step asked for, over that of the plain step; memory kept between steps counts.
+The heap's gaps between blocks do not, nor what the kernels' own libraries take. It is the same in every run.
+
+{live}"""
+
+ALLOCATED = """The most that torch's allocator gave out during three steps beyond the model, the batch, and the caller's buffers where
+there are any, over that of the plain step.
+
+{memory}"""
+
+CAPTURED = """## Captured
+
+The same steps as CUDA graphs, the plain step too: launched by the host as a whole, they take what the device takes.
+
+{table}
+
+"""
+
+
 def markdown(results: list[Figures], conditions: dict[str, Any], chart: str) -> str:
     return PAGE.format(
         **conditions,
@@ -310,12 +376,23 @@ def markdown(results: list[Figures], conditions: dict[str, Any], chart: str) -> 
         into=INTO,
         floor=FLOOR,
         times=table(results, lambda f: f"{f['name']} ({f['plain']['ms']:.1f} ms)", time_shown),
-        memory=table(results, lambda f: f"{f['name']} ({f['plain']['mib'] or 0:.0f} MiB)", memory_shown),
-        live=table(
-            results, lambda f: f"{f['name']} ({f['plain']['live'] or 0:.0f} MiB)", functools.partial(memory_shown, of="live")
+        captured=captured_section(results) if conditions["device"] == "cuda" else "",
+        memory=(ALLOCATED if conditions["device"] == "cuda" else RESIDENT).format(
+            memory=table(results, lambda f: f"{f['name']} ({f['plain']['mib'] or 0:.0f} MiB)", memory_shown),
+            live=table(
+                results,
+                lambda f: f"{f['name']} ({f['plain']['live'] or 0:.0f} MiB)",
+                functools.partial(memory_shown, of="live"),
+            ),
         ),
         troubles=troubles(results),
         fewer=fewer_rounds(results, conditions["repeats"]),
+    )
+
+
+def captured_section(results: list[Figures]) -> str:
+    return CAPTURED.format(
+        table=table(results, lambda f: f"{f['name']} ({f['plain']['captured_ms'] or 0:.1f} ms)", captured_shown)
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Size, Tensor
 
 # Dense work goes in chunks: on a CPU such as stay in its cache, elsewhere such as keep the device busy.
-_CACHED, _BUSY = 5 * 2**19, 2**26
+_CACHED, _BUSY = 5 * 2**19, 2**27
 _PIECE = 4096
 HALF = frozenset({torch.float16, torch.bfloat16})
 
