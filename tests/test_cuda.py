@@ -160,6 +160,21 @@ def test_every_strategy_in_every_type(name: str, dtype: torch.dtype, strategy: s
         assert (rows.double() - wanted[key]).norm() <= near * wanted[key].norm(), key
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["text", "tied", "images"])
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    model, losses, batch = problem(name)
+    wanted = loop(model, losses, batch)
+    norms, limit = norms_of(wanted), norms_of(wanted).median().item()
+    with torch.autocast("cuda", dtype):
+        found = sw.per_sample_norms(model, losses, batch)
+        sums, _ = sw.clipped_grads(model, losses, batch, max_grad_norm=limit)
+    torch.testing.assert_close(found.double(), norms, rtol=0.05, atol=0)
+    for key, rows in wanted.items():
+        total = torch.einsum("n,n...->...", limit / norms.clamp_min(limit), rows)
+        assert (sums[key].double() - total).norm() <= 0.05 * total.norm(), key
+
+
 def test_the_backward_knows_the_strategy() -> None:
     """It runs in a thread of its own."""
     model, losses, batch = problem("text")
