@@ -169,10 +169,10 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     with torch.autocast("cuda", dtype):
         found = sw.per_sample_norms(model, losses, batch)
         sums, _ = sw.clipped_grads(model, losses, batch, max_grad_norm=limit)
-    torch.testing.assert_close(found.double(), norms, rtol=0.05, atol=0)
+    torch.testing.assert_close(found.double(), norms, rtol=0.1, atol=0)
     for key, rows in wanted.items():
         total = torch.einsum("n,n...->...", limit / norms.clamp_min(limit), rows)
-        assert (sums[key].double() - total).norm() <= 0.05 * total.norm(), key
+        assert (sums[key].double() - total).norm() <= 0.1 * total.norm(), key
 
 
 def test_the_backward_knows_the_strategy() -> None:
