@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,9 @@ from peers import (
 from workloads import CUDA_WORKLOADS, WORKLOADS
 
 # The largest error of a parameter's gradients, as the norm of the difference over that of the loop's, that still counts as the loop's
-# numbers. Rounding alone turns single units of a ReLU network on or off, so single entries may differ by any amount.
-TOLERANCE = {"float32": 5e-3, "bfloat16": 1e-1}
+# numbers. Rounding alone turns single units of a ReLU network on or off, so single entries may differ by any amount; in bfloat16 the
+# loop itself is 0.23 from a loop in float64 (ResNet-18).
+TOLERANCE = {"float32": 5e-3, "bfloat16": 0.25}
 # Methods that take over so many plain steps are measured in this many rounds only; on CUDA, where rounds differ less, in one.
 SLOW, SLOW_ROUNDS = 25.0, {"cpu": 3, "cuda": 1}
 # Steps in a row of the others.
@@ -206,8 +207,8 @@ def prepared(method: Method, problem: Problem) -> Callable[[], object]:
 # --- a workload -----------------------------------------------------------------------------------------------------------------
 
 
-def measured(workload: str, place: Place, repeats: int, budget: float) -> Figures:
-    """Everything about one workload."""
+def measured(workload: str, place: Place, repeats: int, budget: float) -> Iterator[Figures]:
+    """Everything about one workload, as far as it is known: without memory first."""
     problem = place.problem(workload, {})
     # some samples are clipped, some are not
     norms = loop_norms(problem)
@@ -220,6 +221,11 @@ def measured(workload: str, place: Place, repeats: int, budget: float) -> Figure
     if place.device == "cuda":
         say(f"{workload}: timing captured steps")
         capture_timed(good, problem, repeats)
+
+    def known() -> Figures:
+        return {"key": workload, "name": problem.name, "plain": asdict(good[0]), "cells": [asdict(cell) for cell in cells]}
+
+    yield known()
     say(f"{workload}: memory of {len(good)} methods")
     own = [cell for cell in good if cell.system in {PLAIN, OURS}]
     others = [cell for cell in good if cell.system not in {PLAIN, OURS}]
@@ -231,7 +237,7 @@ def measured(workload: str, place: Place, repeats: int, budget: float) -> Figure
         for cell, answer in zip(some, found, strict=True):
             cell.mib, cell.live = answer.get("mib"), answer.get("live")
             cell.trouble = f"memory not measured: {answer['trouble']}" if "trouble" in answer else ""
-    return {"key": workload, "name": problem.name, "plain": asdict(good[0]), "cells": [asdict(cell) for cell in cells]}
+    yield known()
 
 
 def say(line: str) -> None:
@@ -492,12 +498,13 @@ def main() -> None:
     given = options_given()
     place = Place(given.device, given.dtype, given.threads)
     place.enter()
-    conditions, results = conditions_of(given, place), []
+    conditions, results = conditions_of(given, place), dict[str, Figures]()
     for workload in given.workloads:
-        results.append(measured(workload, place, given.repeats, given.seconds))
-        # what is done is kept, if the rest is interrupted
-        write(results, conditions, given.out)
-    bars(results, beside(given.out, ".png"))
+        for figures in measured(workload, place, given.repeats, given.seconds):
+            results[workload] = figures
+            # what is done is kept, if the rest is interrupted
+            write(list(results.values()), conditions, given.out)
+    bars(list(results.values()), beside(given.out, ".png"))
     print(beside(given.out, ".md").read_text())
 
 
