@@ -1,5 +1,6 @@
 """A call by its rule: run, its results tapped, and what was decided of it remembered for calls like it."""
 
+import contextlib
 import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,8 +92,22 @@ def _run(
     """The op as its rule runs it, with a graph of its own or without; its result and statistics."""
     if rule.run is None:
         return func(*args, **kwargs), ()
-    with torch.set_grad_enabled(graph):
+    if graph:
         return rule.run(*args, **kwargs)
+    with torch.no_grad(), _PLAINLY() if _plain(args) else _AS_EVER:
+        return rule.run(*args, **kwargs)
+
+
+# Below what notes graphs and views: a view of an op's own product is then nobody's view.
+_PLAINLY = torch._C._AutoDispatchBelowADInplaceOrView  # noqa: SLF001
+_AS_EVER = contextlib.nullcontext()
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _plain(args: Sequence[Any]) -> bool:
+    """Whether nothing between torch and its kernels looks at a call: no dispatch mode, no subclass of tensors."""
+    traced = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()  # noqa: SLF001
+    return not traced and all(type(x) in _PLAIN_TYPES for x in args if isinstance(x, Tensor))
 
 
 def _own_input(
