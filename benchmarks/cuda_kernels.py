@@ -1,6 +1,6 @@
 """Our own CUDA kernels beside what torch alone does, and beside the least that the device needs.
 
-    python benchmarks/kernels.py
+    python benchmarks/cuda_kernels.py
 
 The floor of a Gram is its flop (half of it, as it is symmetric) at the rate of a large product; that of weighted rows is their bytes at the
 rate of a copy. Both are measured first.
