@@ -114,6 +114,81 @@ def test_layers_in_odd_memory(faster: list[str]) -> None:
     exact(Layers(between=lambda h: torch.cat([h[..., 3:], h[..., :3]], -1)), squares, inputs(7, 5))
 
 
+class Products(nn.Module):
+    """The same layers, written as products with a matrix on the right: GPT-2's `Conv1D` and its like."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.product = product
+        self.first, self.second = nn.Parameter(torch.randn(5, 6) / 3), nn.Parameter(torch.randn(6, 3) / 3)
+        self.biases = nn.ParameterList([torch.randn(6), torch.randn(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(torch.tanh(self.product(x, self.first, self.biases[0])), self.second, self.biases[1])
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+PRODUCTS = {
+    "matmul": lambda x, w, b: x @ w + b,
+    "mm": lambda x, w, b: torch.mm(as_matrix(x), w).reshape(*x.shape[:-1], len(b)) + b,
+    "addmm": lambda x, w, b: torch.addmm(b, as_matrix(x), w).reshape(*x.shape[:-1], len(b)),
+    "addmm, scaled": lambda x, w, b: torch.addmm(b, as_matrix(x), w, beta=0.5, alpha=-2).reshape(*x.shape[:-1], len(b)),
+    "addmm, numbers by position": lambda x, w, b: torch.addmm(b, as_matrix(x), w, beta=2).reshape(*x.shape[:-1], len(b)),
+    "addmm of a row": lambda x, w, b: torch.addmm(b[None], as_matrix(x), w).reshape(*x.shape[:-1], len(b)),
+    "addmm_": lambda x, w, b: (
+        as_matrix(x).new_ones(x.shape[:-1].numel(), len(b)).addmm_(as_matrix(x), w).reshape(*x.shape[:-1], -1) + b
+    ),
+    "matmul of a part": lambda x, w, b: x[..., 1:] @ w[1:] + b,
+    "matmul by a transposed": lambda x, w, b: (x @ w.clone().t().contiguous().t()) + b,
+}
+
+
+# an empty tensor that is reshaped to a matrix is refused
+EVERY = [(kind, name) for kind in INPUTS for name in PRODUCTS if kind != "no positions" or "mm" not in name]
+
+
+@pytest.mark.parametrize("loss_fn", [squares, plain_sums])
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_products(faster: list[str], kind: str, name: str, loss_fn: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    exact(Products(PRODUCTS[name]), loss_fn, INPUTS[kind]())
+
+
+@pytest.mark.parametrize("name", ["matmul", "mm", "addmm"])
+def test_products_are_by_the_faster(faster: list[str], name: str) -> None:
+    model = Products(PRODUCTS[name])
+    for _ in range(2):
+        asked = len(faster)
+        with sw.record(model) as rec:
+            rec.backward(squares(model, inputs(7, 5)))
+        assert len(faster) - asked in {0, 3}
+        assert [row.structure for row in rec.coverage().rows[:2]] == [("Outer",)] * 2
+
+
+class Called(nn.Module):
+    """A function of parameters and samples."""
+
+    def __init__(self, function: Callable[..., Tensor], *parameters: Tensor) -> None:
+        super().__init__()
+        self.function, self.given = function, nn.ParameterList(parameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.given)
+
+
+def test_products_that_are_no_layers_go_another_way() -> None:
+    """A matrix on the left, one that is derived, a table of rows that is added; samples on the axis that is summed are refused."""
+    exact(Called(lambda x, w: w @ x, torch.randn(2, 7)), squares, inputs(7, 5))
+    exact(Called(lambda x, w: x @ w[0], torch.randn(2, 5, 3)), squares, inputs(7, 5))
+    exact(Called(lambda x, b, w: torch.addmm(b, x, w), torch.randn(1, 3), torch.randn(5, 3)), squares, inputs(5))
+    model = Called(lambda x, w: x @ w, torch.randn(N, 3))
+    with sw.record(model, batch_size=N, batch_dim=1), pytest.raises(sw.SampleAxisError, match="brings the samples together"):
+        model(torch.randn(2, N))
+
+
 BIASES = {
     "every other": lambda: nn.Parameter(torch.randn(12)[::2]),
     "a column": lambda: nn.Parameter(torch.randn(6, 2)[:, 0]),

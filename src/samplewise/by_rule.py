@@ -114,7 +114,7 @@ def _own_input(
     recording: Recorder, rule: Rule, arguments: Mapping[str, Any], slots: Slots, shared: list[Tensor]
 ) -> Tensor | None:
     """The argument that the rule's own backward leads to, where that is all of the op's backward."""
-    first, own = arguments[rule.arguments[0]], {id(x) for x in shared}
+    first, own = arguments[rule.samples], {id(x) for x in shared}
     if rule.back is None or recording.create_graph or torch.is_autocast_enabled(first.device.type):
         return None
     wanted = [x for _, _, x in slots if x.requires_grad and id(x) not in own]
@@ -141,7 +141,7 @@ def tap(
     plain, held, saved = _held(recording, arguments, slots, needed, axes)
     sources = [(name, k, source_of(recording, x)) for name, k, x in wanted]
     keeps_out = "out" in needed
-    back = None if input is None else tuple(held[name].place for name in rule.saved_for_back)
+    back = None if input is None else tuple(held[name].place for name in rule.saved_for_back if name in held)
     awaited = Awaited(call.name, call.n, rule, plain, held, sources, places, back, keeps_out)
     tapped = awaited.tap(recording, outs, saved, input)
     if isinstance(out, Tensor) and not keeps_out:
@@ -211,7 +211,8 @@ class Awaited:
         """The gradient of the input, by the rule's own backward."""
         assert self.rule.back is not None
         with unrecorded():
-            return self.rule.back(grad, *(saved[k] for k in self.back or ()))
+            numbers = {name: self.plain[name] for name in self.rule.saved_for_back if name in self.plain}
+            return self.rule.back(grad, *(saved[k] for k in self.back or ()), **numbers)
 
     def _names(self) -> str:
         return ", ".join(sorted(name for *_, source in self.sources for name in source.names))
@@ -257,7 +258,8 @@ def meet_again(recording: Recorder, func: Function, op: Operation, meeting: Meet
     saved = [*(values[k] for k in meeting.saved), *statistics[: meeting.statistics]]
     sources = [(name, None, recording.sources[id(args[k])]) for name, k in meeting.shared]
     awaited = Awaited(op.name, meeting.n, rule, plain, meeting.slots, sources, [meeting.place], meeting.back)
-    return awaited.tap(recording, [no_view(out)], saved, None if meeting.back is None else args[0])[0]
+    led_to = None if meeting.back is None else args[rule.arguments.index(rule.samples)]
+    return awaited.tap(recording, [no_view(out)], saved, led_to)[0]
 
 
 def _remember(recording: Recorder, call: Call, awaited: Awaited, saved: int) -> None:

@@ -50,6 +50,18 @@ def matmul(input: Tensor, other: Tensor) -> Contraction:
     return _matmul(input, other)
 
 
+def mm(input: Tensor, mat2: Tensor) -> Contraction:
+    return _matmul(input, mat2)
+
+
+def mv(input: Tensor, vec: Tensor) -> Contraction:
+    return _matmul(input, vec)
+
+
+def dot(input: Tensor, tensor: Tensor) -> Contraction:
+    return _matmul(input, tensor)
+
+
 def reflected_matmul(input: Tensor, other: Tensor) -> Contraction:
     return _matmul(other, input)
 
@@ -133,8 +145,9 @@ def _bound(function: Callable[..., Contraction]) -> Callable[[Sequence[Any], dic
 
 
 CONTRACTIONS: dict[str, Callable[[Sequence[Any], dict[str, Any]], Contraction]] = {
-    **dict.fromkeys(["matmul", "mm", "bmm", "mv", "dot", "vdot", "linalg_matmul"], _bound(matmul)),
+    **dict.fromkeys(["matmul", "vdot", "linalg_matmul"], _bound(matmul)),
+    **dict.fromkeys(["mm", "bmm"], _bound(mm)),
     "rmatmul": _bound(reflected_matmul),
     **dict.fromkeys(["outer", "ger"], _bound(outer)),
-    **{f.__name__: _bound(f) for f in (linear, inner, addmm, addmv, addr, baddbmm, addbmm, tensordot, einsum)},
+    **{f.__name__: _bound(f) for f in (linear, mv, dot, inner, addmm, addmv, addr, baddbmm, addbmm, tensordot, einsum)},
 }

@@ -62,10 +62,12 @@ def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared
         return enter_aligned(recording, func, call, shared)
     rule = RULES.get(op.name)
     if rule is not None and not (call.name in FIRST and any(axis.dim for _, axis in call.placed())):
-        arguments = bind(rule, call)
+        # written in place, a product is nothing of its own
+        arguments = {} if op.inplace and rule.when is not None else bind(rule, call)
         slots, own = list(slots_of(arguments)), {id(x) for x in shared}
         batched = {name for name, _, x in slots if isinstance(call.known[id(x)], Axis)}
-        if rule.covers({name for name, _, x in slots if id(x) in own}, batched):
+        asked = rule.when is None or (bool(arguments) and rule.when(arguments))
+        if asked and rule.covers({name for name, _, x in slots if id(x) in own}, batched):
             return by_rule(recording, func, call, rule, arguments, slots, shared)
     if op.name in CONTRACTIONS:
         return _contract(recording, func, call, shared)

@@ -21,8 +21,12 @@ class Rule:
     saves: Mapping[str, Sequence[str]] | None
     # runs the op and gives with its result what else the rule saves, as its argument "statistics"
     run: Callable[..., tuple[Any, Sequence[torch.Tensor]]] | None = None
-    # the gradient of the first argument from that of the result, and from arguments that it has by their names
+    # the gradient of the argument with the samples from that of the result, and from arguments that it has by their names
     back: Callable[..., torch.Tensor] | None = None
+    # the calls it is for, by their arguments; others go another way
+    when: Callable[[Mapping[str, Any]], bool] | None = None
+    # the argument with the samples, as far as `back` is concerned; the first where nothing is said
+    samples: str = ""
 
     @functools.cached_property
     def saved_for_back(self) -> tuple[str, ...]:
@@ -64,6 +68,8 @@ def rule(
     saves: Mapping[str, Sequence[str]] | None = None,
     run: Callable[..., tuple[Any, Sequence[torch.Tensor]]] | None = None,
     back: Callable[..., torch.Tensor] | None = None,
+    when: Callable[[Mapping[str, Any]], bool] | None = None,
+    samples: str = "",
 ) -> Callable[[Function], Function]:
     """Register the per-sample gradient of `op`'s parameters.
 
@@ -78,9 +84,11 @@ def rule(
             tensors. By default all tensor arguments are kept, and `out` too where the rule uses it.
         run: Called in place of `op`, with the same arguments: gives its result, and tensors that the op computes on the way, with rows
             where the first argument has them. The rule gets them as `statistics`, if `saves` names that.
-        back: The op's own backward, for an op with one result whose first argument alone has the samples: `back(grad, weight)` gives the
-            gradient of the first argument, from that of the result and from those of the op's arguments that it names. `run`, which it
-            needs beside it, is then called without a graph.
+        back: The op's own backward, for an op with one result that has the samples in one argument alone: `back(grad, weight)` gives the
+            gradient of that, from that of the result and from those of the op's arguments that it names, tensors before numbers.
+            `run`, which it needs beside it, is then called without a graph.
+        when: Says of a call's arguments by name whether the rule is for it. Other calls go on as if there were no rule.
+        samples: The argument that `back` gives the gradient of, by default the first.
 
     Raises:
         ValueError: If `op` already has a rule or an expansion.
@@ -96,7 +104,7 @@ def rule(
         arguments = tuple(
             name for name in list(inspect.signature(function).parameters)[2:] if run is None or name != "statistics"
         )
-        RULES[key] = Rule(function, arguments, saves, run, back)
+        RULES[key] = Rule(function, arguments, saves, run, back, when, samples or arguments[0])
         return function
 
     return register

@@ -1,7 +1,8 @@
-"""The linear layer."""
+"""The linear layer, and products with a matrix on the right, which are the same."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,71 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
         return False
     traced = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()  # noqa: SLF001
     return not traced and not torch.is_autocast_enabled("cpu") and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _is_layer(arguments: Mapping[str, Any]) -> bool:
+    """Whether the last tensor is a matrix, multiplied from the left by rows; what is added is one row at most."""
+    *added, rows, matrix = (x for x in arguments.values() if isinstance(x, Tensor))
+    numbers = [arguments.get(name, 1) for name in ("beta", "alpha")]
+    if any(x.ndim > 1 for x in added) or not all(isinstance(x, int | float) for x in numbers):
+        return False
+    return matrix.ndim == 2 and rows.ndim >= 2 and matrix.layout == rows.layout == torch.strided
+
+
+def _matmul(input: Tensor, other: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    return _linear(input, other.mT)
+
+
+def _matmul_back(grad: Tensor, other: Tensor) -> Tensor:
+    return _linear_back(grad, other.mT)
+
+
+@rule(torch.linalg.matmul, saves={"other": ["input"]}, run=_matmul, back=_matmul_back, when=_is_layer)
+@rule(torch.matmul, saves={"other": ["input"]}, run=_matmul, back=_matmul_back, when=_is_layer)
+def matmul(grad: Tensor, out: None, input: Tensor, other: Tensor) -> dict[str, object]:
+    # out[n,t,o] = sum_i input[n,t,i] other[i,o]
+    return {"other": lambda: Outer(positions(input), positions(grad), other.shape)}
+
+
+def _mm(input: Tensor, mat2: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    return _linear(input, mat2.mT)
+
+
+def _mm_back(grad: Tensor, mat2: Tensor, alpha: float = 1) -> Tensor:
+    return _linear_back(grad if alpha == 1 else grad * alpha, mat2.mT)
+
+
+@rule(torch.mm, saves={"mat2": ["input"]}, run=_mm, back=_mm_back, when=_is_layer)
+def mm(grad: Tensor, out: None, input: Tensor, mat2: Tensor) -> dict[str, object]:
+    # out[n,o] = sum_i input[n,i] mat2[i,o]
+    return {"mat2": lambda: Outer(positions(input), positions(grad), mat2.shape)}
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1) -> tuple[Tensor, Sequence[Tensor]]:
+    if beta != 1 or alpha != 1:
+        return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha), ()
+    return _linear(mat1, mat2.mT, input)
+
+
+@rule(
+    torch.addmm,
+    saves={"input": [], "mat2": ["mat1"]},
+    run=_addmm,
+    back=_mm_back,
+    when=_is_layer,
+    samples="mat1",
+)
+def addmm(
+    grad: Tensor, out: None, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1
+) -> dict[str, object]:
+    # out[n,o] = alpha sum_i mat1[n,i] mat2[i,o] + beta input[o]
+    def times(number: float) -> Tensor:
+        return positions(grad if number == 1 else grad * number)
+
+    return {
+        "input": lambda: Dense(_totals(times(beta), input)),
+        "mat2": lambda: Outer(positions(mat1), times(alpha), mat2.shape),
+    }
 
 
 @rule(F.linear, saves={"weight": ["input"], "bias": []}, run=_linear, back=_linear_back)
