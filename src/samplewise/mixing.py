@@ -25,7 +25,7 @@ from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Factor
 from .fallback import fall_back
 from .places import place
-from .registry import RULES, Operation, operation
+from .registry import RULES, Operation, Rule, operation
 from .running import in_backward
 from .sample_axis import ALIGNED, FIRST, INDEXING, LOSSES
 from .taps import Grads, Tap, seen
@@ -60,18 +60,24 @@ def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared
         return assign(recording, func, call, shared)
     if call.name in ALIGNED or _unreduced(call):
         return enter_aligned(recording, func, call, shared)
-    rule = RULES.get(op.name)
-    if rule is not None and not (call.name in FIRST and any(axis.dim for _, axis in call.placed())):
-        # written in place, a product is nothing of its own
-        arguments = {} if op.inplace and rule.when is not None else bind(rule, call)
+    rule = _rule_of(op, call)
+    if rule is not None:
+        arguments = bind(rule, call)
         slots, own = list(slots_of(arguments)), {id(x) for x in shared}
         batched = {name for name, _, x in slots if isinstance(call.known[id(x)], Axis)}
-        asked = rule.when is None or (bool(arguments) and rule.when(arguments))
-        if asked and rule.covers({name for name, _, x in slots if id(x) in own}, batched):
+        if rule.covers(arguments, {name for name, _, x in slots if id(x) in own}, batched):
             return by_rule(recording, func, call, rule, arguments, slots, shared)
     if op.name in CONTRACTIONS:
         return _contract(recording, func, call, shared)
     return fall_back(recording, func, op, call, shared)
+
+
+def _rule_of(op: Operation, call: Call) -> Rule | None:
+    """The op's rule, unless it wants the samples first and they are not, or runs the op itself, which is to write in place."""
+    rule = RULES.get(op.name)
+    if rule is None or (op.inplace and rule.run is not None):
+        return None
+    return None if call.name in FIRST and any(axis.dim for _, axis in call.placed()) else rule
 
 
 def _lookup(call: Call, shared: list[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -246,7 +246,7 @@ class Recording(TorchFunctionMode):
         if in_transform():
             self._refuse_transform(op, args, kwargs)
             return func(*args, **kwargs)
-        meeting = None if kwargs or op.name not in RULES else meeting_before(self, op, args, self.n)
+        meeting = None if kwargs or op.inplace or op.name not in RULES else meeting_before(self, op, args, self.n)
         if meeting is not None:
             return meet_again(self, func, op, meeting, args)
         inner = EXPANSIONS.get(op.name, op.source)

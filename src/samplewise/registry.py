@@ -39,8 +39,10 @@ class Rule:
             return {"out", *self.arguments} if _uses_out(self.function) else set(self.arguments)
         return {name for argument in shared for name in self.saves[argument]}
 
-    def covers(self, shared: set[str], batched: set[str]) -> bool:
-        """Whether the rule is known to give the gradients of all `shared` arguments, with the samples in the `batched` ones."""
+    def covers(self, arguments: Mapping[str, Any], shared: set[str], batched: set[str]) -> bool:
+        """Whether the rule is for a call, and gives the gradients of all `shared` arguments with the samples in the `batched` ones."""
+        if self.when is not None and not self.when(arguments):
+            return False
         return self.saves is None or (shared <= set(self.saves) and not batched & set(self.saves))
 
 
