@@ -8,8 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers of a sample are counted in 32 bits.
-MOST = 2**31 - 1
+# Places within a sample are counted in 32 bits.
+_MOST = 2**31
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the numbers of each row of `(n, ...)` lie near enough to each other."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) < _MOST
 
 
 def gram_norms(left: Tensor, right: Tensor) -> Tensor:
@@ -44,7 +49,7 @@ def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
     n, p = rows.shape
     out = torch.empty(p, dtype=rows.dtype, device=rows.device)
     with torch.cuda.device(rows.device):
-        _weighted_rows[triton.cdiv(p, 1024),](weights, rows, out, n, p, 1024)
+        _weighted_rows[triton.cdiv(p, 1024),](weights.contiguous(), rows, out, n, p, 1024)
     return out
 
 
@@ -95,7 +100,8 @@ def _weighted_rows(weights, rows, out, n, p, block: tl.constexpr):  # type: igno
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < p
     total = tl.zeros((block,), tl.float32)
+    here = rows + at
     for k in range(n):
-        row = tl.load(rows + k * p.to(tl.int64) + at, mask=inside, other=0.0)
-        total += tl.load(weights + k).to(tl.float32) * row.to(tl.float32)
+        total += tl.load(weights + k).to(tl.float32) * tl.load(here, mask=inside, other=0.0).to(tl.float32)
+        here += p
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

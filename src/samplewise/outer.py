@@ -206,7 +206,7 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     """`sum_{t,s} (left[t] · left[s]) (right[t] · right[s])`, `(n,)`, by rows of blocks from the diagonal on: the rest is the same."""
     (n, g, t, _), block = left.shape, _block(left.shape[2], left.device.type)
     left, right = left.flatten(0, 1), right.flatten(0, 1)
-    kernels = own_kernels(left)
+    kernels = own_kernels(left, right)
     if kernels is not None:
         total: Tensor = kernels.gram_norms(left, right)
         return total.reshape(n, g).sum(1)

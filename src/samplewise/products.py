@@ -45,14 +45,16 @@ def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
     return weights.to(rows.dtype) @ rows if kernels is None else kernels.weighted_rows(weights, rows)
 
 
-def own_kernels(x: Tensor) -> ModuleType | None:
-    """Our own kernels, where they may take a tensor and what is like it: half precision on CUDA, and no graph or trace."""
-    if x.device.type != "cuda" or x.dtype not in HALF or torch.is_grad_enabled() or not x.numel():
+def own_kernels(*given: Tensor) -> ModuleType | None:
+    """Our own kernels, where they may take some tensors: of one type of half precision, on CUDA, and no graph or trace is made."""
+    first = given[0]
+    if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled():
         return None
     if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():  # noqa: SLF001
         return None
     kernels = _kernels()
-    return kernels if kernels is not None and x[0].numel() <= kernels.MOST else None
+    fit = kernels is not None and all(x.numel() and x.dtype is first.dtype and kernels.takes(x) for x in given)
+    return kernels if fit else None
 
 
 @functools.cache
