@@ -1,7 +1,7 @@
 """What a recording collects: factors by the shared tensor that was used, put together per parameter when asked for."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,6 +49,17 @@ class Source(NamedTuple):
     def key(self) -> object:
         """Uses with the same key have gradients that add up."""
         return self.names if self.edge is None else (self.edge.node, self.edge.output_nr)
+
+
+def _hook_lists(tensor: Tensor) -> Iterator[Mapping[int, Any]]:
+    """The dicts that hold the hooks of a tensor and of its node, also those that come later: what a hook that does nothing is put into."""
+    node: Any = tensor.grad_fn
+    for register in (tensor.register_hook, node.register_hook, node.register_prehook):
+        handle = register(lambda *_: None)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks is not None:
+            yield hooks
 
 
 def _behind(edge: GradientEdge | None) -> set[Any]:
@@ -137,8 +148,8 @@ class Collector:
         self._arrived: dict[object, Arrived] = {}
         self._expected: dict[str, float] = {}
         self._consumed: set[str] = set()
-        # the graph nodes of tensors with hooks that parameters were derived through
-        self._hooked: set[Any] = set()
+        # the graph nodes of tensors that parameters were derived through, and what lists the hooks there
+        self._hooks: dict[Any, list[Mapping[int, Any]]] = {}
         self.empty = True
 
     def expect(self, source: Source, op: str, how: str) -> list[Use]:
@@ -152,9 +163,9 @@ class Collector:
         return new
 
     def note_hooks(self, tensor: Tensor) -> None:
-        """A tensor computed from parameters is used: hooks on it will see the gradients that are pulled back through it."""
-        if tensor._backward_hooks and not tensor.is_leaf:  # noqa: SLF001
-            self._hooked.add(tensor.grad_fn)
+        """A tensor computed from parameters is used: hooks on it or its node will see the gradients that are pulled back through it."""
+        if not tensor.is_leaf and tensor.grad_fn not in self._hooks:
+            self._hooks[tensor.grad_fn] = list(_hook_lists(tensor))
 
     def expect_hidden(self, names: frozenset[str]) -> None:
         """Note a use without gradient, such as the first pass of a checkpoint: its parameter cannot finish early."""
@@ -244,7 +255,7 @@ class Collector:
         found: set[object] = set()
         for source in [arrived.source for arrived in self._arrived.values()]:
             for node in _behind(source.edge):
-                if isinstance(node, BackwardCFunction) or node in self._hooked:
+                if isinstance(node, BackwardCFunction) or any(self._hooks.get(node, ())):
                     if node in before:
                         names = ", ".join(sorted(source.names & before[node].names))
                         raise UnsupportedOpError(
