@@ -189,6 +189,48 @@ def test_products_that_are_no_layers_go_another_way() -> None:
         model(torch.randn(2, N))
 
 
+@pytest.mark.parametrize("layout", ["csr", "csc", "coo"])
+def test_sparse_constants(layout: str) -> None:
+    """They have no strides, or no layers in them."""
+    turn = {"csr": Tensor.to_sparse_csr, "csc": Tensor.to_sparse_csc, "coo": Tensor.to_sparse}[layout]
+    table = turn(torch.randn(5, 5, dtype=torch.float64).relu())
+    x, w = torch.randn(N, 5, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    for function in (
+        lambda x, w: (table @ x.mT).mT @ w,
+        lambda x, w: torch.mm(table, x.mT).mT @ w,
+        lambda x, w: x @ (table @ w),
+    ):
+        exact(Called(function, w), squares, x)
+
+
+@pytest.mark.parametrize("product", [torch.matmul, torch.linalg.matmul])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6), (5,)])
+def test_names_in_another_order(product: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        out = product(other=w, input=x)
+        return out.transpose(0, 1) if out.ndim > 2 else out
+
+    exact(Called(function, torch.randn(shape)), squares, inputs(5))
+
+
+@pytest.mark.parametrize("alpha", [2j, 1 - 3j, True, -2, 0.5])
+def test_complex_products(alpha: complex) -> None:
+    """By the convention of torch.autograd: products with conjugates."""
+
+    def complexes(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.complex128)
+
+    model, x = Called(lambda x, b, w: torch.addmm(b, x, w, alpha=alpha), complexes(6), complexes(5, 6)), complexes(N, 5)
+
+    def losses(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.view_as_real(model(x)).sin().flatten(1).sum(1)
+
+    rows = [torch.autograd.grad(losses(model, x[k : k + 1]).sum(), list(model.parameters())) for k in range(N)]
+    for _ in range(2):
+        found = sw.per_sample_grads(model, losses, x)
+        torch.testing.assert_close(list(found.values()), list(map(torch.stack, zip(*rows, strict=True))))
+
+
 BIASES = {
     "every other": lambda: nn.Parameter(torch.randn(12)[::2]),
     "a column": lambda: nn.Parameter(torch.randn(6, 2)[:, 0]),

@@ -42,7 +42,7 @@ def key_of_meeting(
     count = 0
     for value in args:
         if isinstance(value, Tensor):
-            what = _plain_kind(value, kind(value), parameters)
+            what = _plain_kind(value, kind(value), parameters) if value.layout is torch.strided else None
             if what is None:
                 return None
             if not count:

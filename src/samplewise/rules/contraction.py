@@ -18,7 +18,7 @@ def contraction(
 ) -> dict[str, list[Callable[[], Factor]]]:
     # out[n,...] = alpha sum operands[0][...] operands[1][...] ...: the gradient of one is the contraction of grad with the others
     *letters, result = equation
-    scaled = grad if alpha == 1 else grad * alpha
+    scaled = grad if alpha == 1 else grad * alpha.conjugate()
     return {"operands": [partial(_operand, scaled, result, k, letters, operands) for k in range(len(operands))]}
 
 

@@ -54,12 +54,14 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 
 
 def _is_layer(arguments: Mapping[str, Any]) -> bool:
-    """Whether the last tensor is a matrix, multiplied from the left by rows; what is added is one row at most."""
-    *added, rows, matrix = (x for x in arguments.values() if isinstance(x, Tensor))
-    numbers = [arguments.get(name, 1) for name in ("beta", "alpha")]
-    if any(x.ndim > 1 for x in added) or not all(isinstance(x, int | float) for x in numbers):
+    """Whether a product is one of rows with a matrix, and what is added is one row at most."""
+    input: Any = arguments.get("input")
+    rows, matrix = arguments.get("mat1", input), arguments.get("mat2", arguments.get("other"))
+    if not all(isinstance(x, Tensor) and x.layout == torch.strided for x in (input, rows, matrix)):
         return False
-    return matrix.ndim == 2 and rows.ndim >= 2 and matrix.layout == rows.layout == torch.strided
+    numbers = [arguments.get(name, 1) for name in ("beta", "alpha")]
+    plain = all(isinstance(x, int | float) for x in numbers) and (rows is input or input.ndim <= 1)
+    return plain and matrix.ndim == 2 and rows.ndim >= 2
 
 
 def _matmul(input: Tensor, other: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
