@@ -114,11 +114,12 @@ def _own_input(
     recording: Recorder, rule: Rule, arguments: Mapping[str, Any], slots: Slots, shared: list[Tensor]
 ) -> Tensor | None:
     """The argument that the rule's own backward leads to, where that is all of the op's backward."""
-    first, own = arguments[rule.samples], {id(x) for x in shared}
-    if rule.back is None or recording.create_graph or torch.is_autocast_enabled(first.device.type):
+    if rule.back is None or recording.create_graph:
         return None
+    first, own = arguments[rule.samples], {id(x) for x in shared}
     wanted = [x for _, _, x in slots if x.requires_grad and id(x) not in own]
-    return first if len(wanted) == 1 and wanted[0] is first else None
+    alone = len(wanted) == 1 and wanted[0] is first
+    return first if alone and not torch.is_autocast_enabled(first.device.type) else None
 
 
 def tap(
