@@ -91,10 +91,12 @@ def seconds(run: Callable[[], object], device: str, in_a_row: int = 1) -> float:
     return elapsed
 
 
-def cuda_seconds(run: Callable[[], object], calls: int) -> float:
-    """By the device's clock."""
+def cuda_seconds(run: Callable[[], object], calls: int, asleep: int = 0) -> float:
+    """By the device's clock; the device may sleep for some cycles first, until the host has launched all calls."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if asleep:
+        torch.cuda._sleep(asleep)
     start.record()
     for _ in range(calls):
         run()

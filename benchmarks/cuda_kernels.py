@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from samplewise import kernels, products
+from cells import cuda_seconds
+from samplewise import products
 from samplewise.outer import gram_norms
 
 # (n, t, o, i): of GPT-2 small with T=256 and T=1024, of a ViT-B, and of a late convolution
@@ -29,18 +30,7 @@ ROWS = [(8, 768 * 768), (8, 3072 * 768), (8, 50304 * 768), (16, 3072 * 768), (32
 def microseconds(run: Callable[[], object], calls: int = 10, repeats: int = 7) -> float:
     """Of one of several calls in a row, median of several times; the device waits until the host has launched them."""
     run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(4_000_000)
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / calls)
-    return statistics.median(times)
+    return 1e6 * statistics.median(cuda_seconds(run, calls, asleep=4_000_000) for _ in range(repeats))
 
 
 def drawn(*shape: int) -> Tensor:
@@ -77,7 +67,8 @@ def line(name: str, run: Callable[[], Tensor], floor: float) -> str:
 
 def main() -> None:
     torch.set_grad_enabled(False)
-    assert kernels is not None
+    if products._kernels() is None:
+        raise SystemExit("cuda_kernels: Triton is not installed; it comes with torch for CUDA")
     rate, copied = ceilings()
     print(
         f"torch {torch.__version__}, {torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s bfloat16, {copied / 1e12:.1f} TB/s\n"

@@ -1,6 +1,8 @@
 """On a GPU: every rule, the models, half precision by every strategy, and steps that do not wait for the device."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from samples import EXACT, SLOW, Op
 from samplewise import testing
 from test_models import assert_rows, built, stacked
 from test_rules import cases
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from cells import captured  # noqa: E402  (benchmarks are no package)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
@@ -210,18 +215,10 @@ def test_a_step_can_be_captured(name: str) -> None:
     def step() -> tuple[dict[str, Tensor], Tensor]:
         return sw.clipped_grads(model, losses, batch, max_grad_norm=0.5)
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        sums, norms = step()
+    replay = captured(step)
     for x, new in zip(batch, other, strict=True):
         x.copy_(new)
-    graph.replay()
+    (sums, norms), _ = replay()
     wanted, wanted_norms = sw.clipped_grads(model, losses, other, max_grad_norm=0.5)
     torch.testing.assert_close(norms, wanted_norms)
     torch.testing.assert_close(sums, wanted, rtol=1e-3, atol=1e-5)

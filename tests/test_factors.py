@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Size, Tensor
 
 from samplewise.convolutional import Convolution
-from samplewise.factors import Dense, Diagonal, Factor, Pulled
+from samplewise.factors import Dense, Diagonal, Factor, Pulled, chunk_size
 from samplewise.joined import Joined
 from samplewise.outer import Outer, Rows
 from samplewise.pixels import Geometry, patch_grams
@@ -310,3 +311,39 @@ def test_nothing_side_by_side() -> None:
 def test_factors_are_frozen() -> None:
     with pytest.raises(AttributeError):
         Dense(x(2)).grad = x(2)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((3,), (1,), (1,), (1,)),
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((3, 2), (2, 1), (0, 2), (2, 1)),
+        ((4, 4), (4, 4), (0, 0), (1, 1)),
+        ((2, 1, 3), (1, 2, 1), (1, 0, 1), (1, 1, 2)),
+    ],
+)
+def test_patches_in_runs_of_channels(
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    *,
+    channels_last: bool,
+) -> None:
+    """What half precision takes on CUDA: the gradients by position, tap and channel."""
+    sizes = (9, 8, 7)[: len(kernel)]
+    images = x(5, 8, *sizes).half()
+    images = images.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else images
+    weight, settings = torch.empty(6, 8, *kernel), (stride, padding, dilation)
+    grad = torch.randn_like(getattr(F, f"conv{len(kernel)}d")(images.float(), weight, None, *settings)).half()
+    factor = Convolution(grad, images, weight.shape, *settings, 1)
+    wanted = Convolution(grad.double(), images.double(), weight.shape, *settings, 1).to_dense()
+    found = torch.einsum("ntk,not->nok", factor._runs_of_channels().double(), grad.double().flatten(2))
+    torch.testing.assert_close(found, wanted.movedim(2, -1).reshape(found.shape))
+
+
+def test_parts_keep_a_gpu_busy() -> None:
+    sizes = {device: chunk_size(2**20, 300, torch.device(device)) for device in ("cpu", "cuda")}
+    assert sizes == {"cpu": 2, "cuda": 100}

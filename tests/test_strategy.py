@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import samplewise as sw
 from samplewise import buffers, products, strategy
 from samplewise.factors import Dense
+from samplewise.outer import Outer
 from samplewise.strategy import STRATEGIES, Rates
 from samplewise.sums import Store
 
@@ -399,3 +400,21 @@ def test_sums_into_the_parameters_gradients(name: str) -> None:
     with sw.record(model, strategy=name) as rec:
         rec.backward(losses(model, ids))
     torch.testing.assert_close(rec.clipped_sum(0.5, out=out), expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wins"),
+    [
+        ((8, 1024, 768, 768), "tile"),
+        ((8, 1024, 3072, 768), "tile"),
+        ((32, 256, 3072, 768), "gram"),
+        ((32, 256, 50304, 768), "gram"),
+        ((64, 197, 3072, 768), "gram"),
+    ],
+)
+def test_what_won_on_a_gpu_is_chosen_there(sizes: tuple[int, ...], wins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rates of an H100 (docs/gpu.md); no tensor has values."""
+    monkeypatch.setattr("samplewise.outer.rates", lambda _: Rates(542e12, 1.3e12, 0.0, 0.0, 2.84e12, "cuda"))
+    n, t, o, i = sizes
+    left, right = (torch.empty(n, 1, t, d, dtype=torch.bfloat16, device="meta") for d in (o, i))
+    assert Outer(left, right, torch.Size((o, i))).algorithm == wins

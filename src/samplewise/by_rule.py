@@ -14,6 +14,7 @@ from .collecting import Source, Use
 from .entering import Function, Recorder, names_of, replaced, source_of
 from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Factor
+from .products import unobserved
 from .registry import RULES, Operation, Rule
 from .remembered import key_of_meeting
 from .running import unrecorded
@@ -22,6 +23,9 @@ from .taps import Grads, Tap, seen
 
 # More than a model has; with shapes that never come back memory must not grow.
 _MOST_MEETINGS = 20_000
+# Below what notes graphs and views: a view of an op's own product is then nobody's view.
+_PLAINLY = torch._C._AutoDispatchBelowADInplaceOrView  # noqa: SLF001
+_AS_EVER = contextlib.nullcontext()
 # (argument, place in its list, tensor) for every tensor among a rule's arguments
 Slots = Sequence[tuple[str, int | None, Tensor]]
 
@@ -94,20 +98,9 @@ def _run(
         return func(*args, **kwargs), ()
     if graph:
         return rule.run(*args, **kwargs)
-    with torch.no_grad(), _PLAINLY() if _plain(args) else _AS_EVER:
+    plainly = unobserved(*(x for x in args if isinstance(x, Tensor)))
+    with torch.no_grad(), _PLAINLY() if plainly else _AS_EVER:
         return rule.run(*args, **kwargs)
-
-
-# Below what notes graphs and views: a view of an op's own product is then nobody's view.
-_PLAINLY = torch._C._AutoDispatchBelowADInplaceOrView  # noqa: SLF001
-_AS_EVER = contextlib.nullcontext()
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-
-
-def _plain(args: Sequence[Any]) -> bool:
-    """Whether nothing between torch and its kernels looks at a call: no dispatch mode, no subclass of tensors."""
-    traced = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()  # noqa: SLF001
-    return not traced and all(type(x) in _PLAIN_TYPES for x in args if isinstance(x, Tensor))
 
 
 def _own_input(

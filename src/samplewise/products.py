@@ -13,6 +13,8 @@ from .factors import HALF, wide
 _SMALL_PRODUCT = 4e6
 # Rows beyond which torch's own product of weights and rows is as fast.
 _FEW_ROWS = 16
+# Subclasses of tensors have ways of their own to run an op, and may not know those here.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def operands(*given: Tensor) -> tuple[Tensor, ...]:
@@ -45,12 +47,16 @@ def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
     return weights.to(rows.dtype) @ rows if kernels is None else kernels.weighted_rows(weights, rows)
 
 
+def unobserved(*given: Tensor) -> bool:
+    """Whether nothing between torch and its kernels looks at a call: no dispatch mode, no trace, no subclass of tensors."""
+    traced = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()  # noqa: SLF001
+    return not traced and all(type(x) in _PLAIN for x in given)
+
+
 def own_kernels(*given: Tensor) -> ModuleType | None:
     """Our own kernels, where they may take some tensors: of one type of half precision, on CUDA, and no graph or trace is made."""
     first = given[0]
-    if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled():
-        return None
-    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():  # noqa: SLF001
+    if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled() or not unobserved(*given):
         return None
     kernels = _kernels()
     fit = kernels is not None and all(x.numel() and x.dtype is first.dtype and kernels.takes(x) for x in given)

@@ -6,18 +6,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from samplewise.factors import Dense, positions
 from samplewise.outer import Outer
-from samplewise.products import has_onednn, onednn_linear
+from samplewise.products import has_onednn, onednn_linear, unobserved
 from samplewise.registry import rule
 from samplewise.strategy import rates
 
 # In flop: below it oneDNN's calls cost more than the product.
 _SMALL_PRODUCT = 1e7
-# Subclasses of tensors have ways of their own to run an op, and may not know this one.
-_PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Sequence[Tensor]]:
@@ -44,13 +42,12 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
     """Whether to run a linear layer by oneDNN: where that is faster, and a graph is neither built nor traced."""
     if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or weight.ndim != 2 or input.ndim < 2:
         return False
-    if type(input) not in _PLAIN or type(weight) not in _PLAIN:
-        return False
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias))
     if graph or 2 * input.numel() * len(weight) <= _SMALL_PRODUCT or not has_onednn(input) or rates(input).layer <= 1:
         return False
-    traced = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()  # noqa: SLF001
-    return not traced and not torch.is_autocast_enabled("cpu") and (bias is None or bias.shape == weight.shape[:1])
+    if not unobserved(input, weight) or torch.is_autocast_enabled("cpu"):
+        return False
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 def _is_layer(arguments: Mapping[str, Any]) -> bool:
