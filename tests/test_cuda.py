@@ -18,7 +18,7 @@ from test_models import assert_rows, built, stacked
 from test_rules import cases
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from cells import captured  # noqa: E402  (benchmarks are no package)
+from cells import captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = "cuda"
