@@ -8,7 +8,7 @@ import os
 import pytest
 
 import operator_database as database
-from samplewise import sample_axis
+from samplewise import remembered, sample_axis
 from samplewise.registry import RULES, Rule
 from samplewise.rules.linear import linear
 
@@ -48,12 +48,23 @@ def test_the_judge_sees_a_wrong_rule(monkeypatch):
     assert "WRONG" in _kinds("nn.functional.linear")
 
 
-def test_the_judge_sees_mixed_samples(monkeypatch):
+@pytest.fixture
+def keep_axis(monkeypatch):
+    """Let an op wrongly keep the sample axis, and nothing of that be remembered."""
+
+    def keep(name):
+        monkeypatch.setattr(remembered, "_FOLLOWED", {})
+        monkeypatch.setitem(sample_axis.SINGLE, name, lambda call, x, axis, out: axis)
+
+    return keep
+
+
+def test_the_judge_sees_mixed_samples(keep_axis):
     assert not _kinds("cumsum") & set(database.BUGS)
-    monkeypatch.setitem(sample_axis.SINGLE, "cumsum", lambda call, x, axis, out: axis)
+    keep_axis("cumsum")
     assert "MIXED" in _kinds("cumsum")
 
 
-def test_the_judge_sees_a_wrong_axis(monkeypatch):
-    monkeypatch.setitem(sample_axis.SINGLE, "transpose", lambda call, x, axis, out: axis)
+def test_the_judge_sees_a_wrong_axis(keep_axis):
+    keep_axis("transpose")
     assert set(database.BUGS) & _kinds("transpose")
