@@ -21,7 +21,6 @@ from samplewise.factors import Factor
 from samplewise.quantities import Record
 from samplewise.recording import Recording
 from samplewise.running import unrecorded
-from samplewise.strategy import MEMORY_BUDGET
 from samplewise.streaming import _run
 from samplewise.sums import Store
 from workloads import WORKLOADS
@@ -60,11 +59,11 @@ def norms_alone(factors: dict[str, Factor]) -> None:
 
 def clipped_alone(factors: dict[str, Factor], weights: Tensor) -> None:
     """Norms first and then sums, of gradients that are stored where `clipped_grads` stores them."""
-    store, kept = Store(reuse=MEMORY_BUDGET), dict(factors)
+    store, kept = Store(), dict(factors)
     with unrecorded():
         for name, factor in factors.items():
             if store.worth(factor):
-                kept[name] = store.kept(f"gradients of {name}", factor)
+                kept[name] = store.kept(factor)
             kept[name].sq_norms()
         for factor in kept.values():
             factor.weighted_sum(weights)

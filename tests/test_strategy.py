@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 import samplewise as sw
 from samplewise import buffers, products, strategy
-from samplewise.factors import Dense
 from samplewise.outer import Outer
 from samplewise.strategy import STRATEGIES, Rates
-from samplewise.sums import Store
 
 
 class Mixed(nn.Module):
@@ -250,16 +248,14 @@ def test_buffers_are_reused_and_can_be_given_back() -> None:
         assert not buffers._slots().held
 
 
-def test_stored_gradients_are_reused_up_to_a_limit() -> None:
-    """The first in memory that the next step overwrites, the others in fresh memory."""
+def test_blocks_that_the_heap_serves_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     sw.release_buffers()
-    factor = Dense(torch.randn(2, 5))
+    monkeypatch.setattr(buffers, "FROM_HEAP", 100)
     with torch.no_grad():
-        store = Store(reuse=2 * 5 * 4)
-        first, second = store.kept("a", factor), store.kept("b", factor)
-        assert torch.equal(first.to_dense(), factor.grad)
-        assert torch.equal(second.to_dense(), factor.grad)
-        assert [key[0] for key in buffers._slots().held] == ["a"]
+        buffers.scratch("a", (24,), torch.zeros(1))
+        assert not buffers._slots().held
+        buffers.scratch("a", (25,), torch.zeros(1))
+    assert [key[0] for key in buffers._slots().held] == ["a"]
     sw.release_buffers()
 
 

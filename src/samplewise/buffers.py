@@ -1,4 +1,7 @@
-"""Memory for intermediate results, kept from step to step: fresh memory costs page faults (2 GB/s on a CPU instead of 10-30)."""
+"""Memory for intermediate results, kept from step to step: fresh memory costs page faults (2 GB/s on a CPU instead of 10-30).
+
+Large blocks are kept here, smaller ones by the C library, where what a step frees serves all that comes next.
+"""
 
 import ctypes
 import itertools
@@ -15,7 +18,8 @@ from torch import Tensor
 
 # What one thread keeps at most, in bytes; beyond it memory is fresh.
 LIMIT = 512 * 2**20
-_MOST_SHAPES = 4096
+# In bytes: blocks below it come from the heap of the C library.
+FROM_HEAP = 2**25
 # What glibc keeps at most, in bytes; its names for that, and the user's.
 _KEPT = 256 * 2**20
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -29,13 +33,6 @@ class _Slots:
     """The memory of one thread, by what it is for."""
 
     held: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
-    # in the shapes that were asked for: to make them anew would be two more ops each time
-    shaped: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Give all of it back."""
-        self.shaped.clear()
-        self.held.clear()
 
 
 _OWN = threading.local()
@@ -46,34 +43,24 @@ _RECORDINGS = itertools.count()
 def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialised memory, `(*shape)`, that lasts until the same slot is asked for again in this thread.
 
-    Fresh memory where a graph is built or traced, since both outlast the moment; where the thread's limit is reached; and on devices whose
-    allocators keep memory themselves, and know the streams that use it.
+    Fresh memory for blocks that come from the heap; where a graph is built or traced, since both outlast the moment; where the thread's
+    limit is reached; and on devices whose allocators keep memory themselves, and know the streams that use it.
     """
-    shape = tuple(shape)
+    size = math.prod(shape)
     traced = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()  # noqa: SLF001
-    if traced or 0 in shape or like.device.type != "cpu":
+    if size * like.element_size() < FROM_HEAP or traced or like.device.type != "cpu":
         return like.new_empty(shape)
-    slots, key = _slots(), (slot, like.device, like.dtype)
-    found = slots.shaped.get((*key, shape))
-    return _shaped(slots, key, shape, like) if found is None else found
-
-
-def _shaped(slots: _Slots, key: tuple[object, ...], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    size, held = math.prod(shape), slots.held.get(key)
-    if held is None or held.numel() < size:
-        others = sum(x.nbytes for name, x in slots.held.items() if name != key)
+    held, key = _slots().held, (slot, like.device, like.dtype)
+    if key not in held or held[key].numel() < size:
+        others = sum(x.nbytes for name, x in held.items() if name != key)
         if others + size * like.element_size() > LIMIT:
             return like.new_empty(shape)
-        slots.held.pop(key, None)
-        # views of the memory that is replaced would keep it
-        slots.shaped.clear()
+        # what is replaced goes first
+        held.pop(key, None)
         with torch.inference_mode(mode=False):
-            held = slots.held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-    if len(slots.shaped) >= _MOST_SHAPES:
-        slots.shaped.clear()
+            held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
     with torch.inference_mode(mode=False):
-        found = slots.shaped[*key, shape] = held[:size].view(shape)
-    return found
+        return held[key][:size].view(shape)
 
 
 def keep_freed_memory(device: str) -> None:
@@ -86,7 +73,7 @@ def keep_freed_memory(device: str) -> None:
         libc = _glibc()
         if libc is not None and not any(name in os.environ for name in _SETTINGS):
             # smaller blocks come from the heap, whose end is given back where more than that is free
-            libc.mallopt(_MMAP_THRESHOLD, 2**25)
+            libc.mallopt(_MMAP_THRESHOLD, FROM_HEAP)
             libc.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
@@ -96,7 +83,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def release_buffers() -> None:
-    """Give the memory back that is kept between steps on the CPU: at most 512 MiB for each thread that asked for quantities.
+    """Give the memory back that is kept between steps on the CPU: large blocks, at most 512 MiB for each thread that asked for quantities.
 
     On Linux with glibc also what the C library keeps since the fourth recording, at most 256 MiB.
 
@@ -104,7 +91,7 @@ def release_buffers() -> None:
         >>> release_buffers()
     """
     for slots in list(_ALL):
-        slots.clear()
+        slots.held.clear()
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

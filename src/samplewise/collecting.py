@@ -198,7 +198,7 @@ class Collector:
         """A parameter's last use has arrived."""
         factor = add(arrived.factors)
         if self.store is not None and not self.create_graph and self.store.worth(factor):
-            factor = self.store.kept(f"gradients of {name}", factor)
+            factor = self.store.kept(factor)
             arrived = Arrived(arrived.source, [factor])
             arrived.hold(factor)
             self._arrived[arrived.source.key] = arrived

@@ -9,7 +9,7 @@ from .factors import Factor
 from .joined import Joined
 from .quantities import Record, check_limit, clipping_weights, dense_in, total_norms
 from .recording import Recording
-from .strategy import MEMORY_BUDGET, Strategy
+from .strategy import Strategy
 from .sums import Store
 
 Batch = Any
@@ -107,9 +107,9 @@ def clipped_grads(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The sum of per-sample gradients clipped to `max_grad_norm`, and their norms before clipping, in one backward.
 
-    Book-keeping (Bu et al. 2023, arXiv:2210.00038): the factors of the one backward serve the norms and the weighted sum. Gradients
-    that are stored instead (`strategy`, `memory_budget` as in `record`) lie in memory that the next call reuses, the first 32 MiB of them;
-    `release_buffers` gives it back. Arguments and errors as `per_sample_grads`; ValueError if `max_grad_norm` is not positive.
+    Book-keeping (Bu et al. 2023, arXiv:2210.00038): the factors of the one backward serve the norms and the weighted sum, or gradients that
+    are stored instead (`strategy`, `memory_budget` as in `record`). Arguments and errors as `per_sample_grads`; ValueError if
+    `max_grad_norm` is not positive.
 
     Returns:
         `({name: shape}, (n,))`; the sums are in `out` if it is given.
@@ -126,7 +126,7 @@ def clipped_grads(
             kept[name] = factor
             squares.append(factor.sq_norms())
 
-    chosen, store = Strategy.of(strategy, memory_budget), Store(reuse=MEMORY_BUDGET)
+    chosen, store = Strategy.of(strategy, memory_budget), Store()
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen, store=store))
     _run(rec, loss_fn, batch)
     rec._check_out("clipped_grads", out)  # noqa: SLF001

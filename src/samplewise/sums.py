@@ -1,14 +1,12 @@
 """Several uses of one parameter: their factors put together, and gradients kept where that is leaner."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor
 
-from .buffers import scratch
 from .factors import Dense, Factor, Pulled, Single, flat
 from .outer import Outer, Rows
 from .products import weighted_rows
@@ -122,8 +120,7 @@ class Kept(Dense):
 class Store:
     """Keeps gradients in place of factors, where that takes less memory, or less time within the budget."""
 
-    # bytes that may lie in memory which the next step overwrites; such memory is there in the forward too, where the peak often is
-    reuse: int = 0
+    # bytes of gradients kept so far that factors would not have taken
     spent: int = 0
 
     def worth(self, factor: Factor) -> bool:
@@ -139,11 +136,9 @@ class Store:
         self.spent += size if quick and not lean else 0
         return lean or quick or chosen.name == "store"
 
-    def kept(self, slot: str, factor: Factor) -> Factor:
+    def kept(self, factor: Factor) -> Factor:
         """The gradients, as a factor."""
-        like, shape = _first(_held(factor)), (factor.n, *factor.shape)
-        self.reuse -= math.prod(shape) * like.element_size()
-        return Kept(factor.write(like.new_empty(shape) if self.reuse < 0 else scratch(slot, shape, like)))
+        return Kept(factor.write(_first(_held(factor)).new_empty(factor.n, *factor.shape)))
 
 
 def _held(factor: Factor) -> list[Tensor]:
