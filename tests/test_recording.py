@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import samplewise as sw
+from samplewise.notes import Notes
 
 N, T, D = 3, 3, 4
 Losses = Callable[[nn.Module, Tensor], Tensor]
@@ -151,6 +152,31 @@ def test_a_record_does_not_keep_the_graph_or_the_inputs_alive() -> None:
     del out
     gc.collect()
     assert kept() is None
+
+
+def test_a_note_is_of_one_tensor_and_not_of_the_next_with_its_identity() -> None:
+    notes, kept = Notes[str](), []
+    one = x()
+    notes[one] = "known"
+    identity, known = id(one), notes.get(one)
+    del one
+    while not kept or id(kept[-1]) != identity:
+        kept.append(torch.empty(0))
+    assert known == "known"
+    assert notes.get(kept[-1]) is None
+
+
+def test_a_tensor_from_outside_that_shares_changed_memory_is_not_trusted() -> None:
+    """Every time, and not only when it is first seen."""
+    memory = torch.zeros(N, D, dtype=torch.float64)
+    view = memory.view(N, D)
+
+    def mixes(self: nn.Module, batch: Tensor) -> Tensor:
+        memory.copy_(batch.flip(0))
+        return self.inner(view)
+
+    with sw.record(Lambda(mixes, inner=linear())) as rec, pytest.raises(sw.SampleAxisError, match="shares its memory"):
+        rec.backward(rec._recording.model(x()).square().sum(1))
 
 
 def test_the_model_trains_as_before() -> None:

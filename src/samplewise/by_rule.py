@@ -3,14 +3,14 @@
 import contextlib
 import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .axes import Axis, Call, swapped, tensors_in
-from .collecting import Source, Use
+from .collecting import Source, Uses
 from .entering import Function, Recorder, names_of, replaced, source_of
 from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Factor
@@ -99,7 +99,7 @@ def _run(
     if graph:
         return rule.run(*args, **kwargs)
     plainly = unobserved(*(x for x in args if isinstance(x, Tensor)))
-    with torch.no_grad(), _PLAINLY() if plainly else _AS_EVER:
+    with unrecorded(), _PLAINLY() if plainly else _AS_EVER:
         return rule.run(*args, **kwargs)
 
 
@@ -133,102 +133,110 @@ def tap(
     wanted = [(name, k, x) for name, k, x in slots if id(x) in own]
     needed = rule.saved_for({name for name, _, _ in wanted}) | set(rule.saved_for_back if input is not None else ())
     plain, held, saved = _held(recording, arguments, slots, needed, axes)
-    sources = [(name, k, source_of(recording, x)) for name, k, x in wanted]
-    keeps_out = "out" in needed
+    sources = [source_of(recording, x) for *_, x in wanted]
     back = None if input is None else tuple(held[name].place for name in rule.saved_for_back if name in held)
-    awaited = Awaited(call.name, call.n, rule, plain, held, sources, places, back, keeps_out)
+    decision = Decision(
+        call.name, call.n, rule, [(name, k) for name, k, _ in wanted], held, places, back, keeps_out="out" in needed
+    )
+    awaited = Awaited(decision, plain, sources)
     tapped = awaited.tap(recording, outs, saved, input)
-    if isinstance(out, Tensor) and not keeps_out:
+    if isinstance(out, Tensor) and not decision.keeps_out:
         _remember(recording, call, awaited, len(saved))
     return tapped[0] if isinstance(out, Tensor) else swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
-Sources = Sequence[tuple[str, int | None, Source]]
+@dataclass(frozen=True)
+class Decision:
+    """What is decided of a call by a rule, and holds for every call like it."""
+
+    op: str
+    n: int
+    rule: Rule
+    # the arguments with a gradient, with their places in a list
+    wanted: Sequence[tuple[str, int | None]]
+    # slots for the arguments with tensors
+    slots: Mapping[str, Any]
+    # where the samples are in each result
+    places: Sequence[Axis]
+    # where the rule's own backward finds what it needs among what is saved; None where torch's is taken
+    back: tuple[int, ...] | None
+    keeps_out: bool
 
 
-@dataclass
 class Awaited:
     """A call by a rule whose gradients are to come: all that is known of it but its tensors.
 
     They would outlive the graph, past every saved-tensor hook, so they come with the gradients: slots say which is which.
     """
 
-    op: str
-    n: int
-    rule: Rule
-    # the arguments without tensors, and slots for the others
-    plain: dict[str, Any]
-    slots: Mapping[str, Any]
-    sources: Sources
-    # where the samples are in each result
-    places: list[Axis]
-    # where the rule's own backward finds what it needs among what is saved; None where torch's is taken
-    back: tuple[int, ...] | None = None
-    keeps_out: bool = False
-    uses: list[list[Use]] = field(default_factory=list)
+    __slots__ = ("decision", "plain", "sources", "uses")
+
+    def __init__(self, decision: Decision, plain: Mapping[str, Any], sources: Sequence[Source]) -> None:
+        # `plain`: the arguments without tensors; `sources`: of the wanted ones
+        self.decision, self.plain, self.sources = decision, plain, sources
+        self.uses: Sequence[Uses] = ()
 
     def tap(self, recording: Recorder, outs: list[Tensor], saved: list[Tensor], input: Tensor | None) -> list[Tensor]:
         """Tap the results; `input` is the argument that the rule's own backward leads to."""
-        self.uses = [recording.collector.expect(source, self.op, "rule") for *_, source in self.sources]
-        kept = [*saved, *outs] if self.keeps_out else saved
-        back = None if self.back is None else self.input_grad
+        decided = self.decision
+        self.uses = [recording.collector.expect(source, decided.op, "rule") for source in self.sources]
+        kept = [*saved, *outs] if decided.keeps_out else saved
+        back = None if decided.back is None else self.input_grad
         tapped = Tap.run(recording, self.factors, recording.anchor, outs, kept, input, back)
-        for x, axis in zip(tapped, self.places, strict=True):
+        for x, axis in zip(tapped, decided.places, strict=True):
             if not Tap.is_on(x):
                 raise UnsupportedOpError(
-                    f"{self.op}: gave a {type(x).__name__}, a subclass of tensors whose gradient does not reach the recording, so that of "
-                    f"{self._names()} would be missing. Give the model plain tensors: `x.as_subclass(torch.Tensor)`."
+                    f"{decided.op}: gave a {type(x).__name__}, a subclass of tensors whose gradient does not reach the recording, so that "
+                    f"of {self._names()} would be missing. Give the model plain tensors: `x.as_subclass(torch.Tensor)`."
                 )
             recording.declare(x, axis)
         return tapped
 
-    def factors(self, grads: Grads, saved: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+    def factors(self, grads: Grads, saved: Sequence[Tensor]) -> list[tuple[Source, Uses, Factor]]:
         """The factors of all uses."""
-        n, count = self.n, len(self.places)
-        rows = [None if g is None else axis.rows(g, n) for g, axis in zip(grads, self.places, strict=True)]
-        results: list[Tensor | None] = [None] * count
-        if self.keeps_out:
-            results = [axis.rows(x, n) for x, axis in zip(saved[-count:], self.places, strict=True)]
+        decided = self.decision
+        n, places = decided.n, decided.places
+        rows = [None if g is None else axis.rows(g, n) for g, axis in zip(grads, places, strict=True)]
+        results: list[Tensor | None] = [None] * len(places)
+        if decided.keeps_out:
+            results = [axis.rows(x, n) for x, axis in zip(saved[-len(places) :], places, strict=True)]
         dtype = next(g.dtype for g in grads if g is not None)
-        filled = {name: _filled(value, saved, n, dtype) for name, value in self.slots.items()}
-        given = (rows[0], results[0]) if count == 1 else (rows, results)
+        filled = {name: _filled(value, saved, n, dtype) for name, value in decided.slots.items()}
+        given = (rows[0], results[0]) if len(places) == 1 else (rows, results)
         try:
-            found = self.rule.function(*given, **self.plain, **filled)
+            found = decided.rule.function(*given, **self.plain, **filled)
         except NotImplementedError as error:
             raise UnsupportedOpError(f"{error} (parameter {self._names()})") from error
         return [
-            (source, use, _checked(self.op, found, name, k, source).regroup(n))
-            for (name, k, source), use in zip(self.sources, self.uses, strict=True)
+            (source, use, _checked(decided.op, found, name, k, source).regroup(n))
+            for (name, k), source, use in zip(decided.wanted, self.sources, self.uses, strict=True)
         ]
 
     def input_grad(self, grad: Tensor, saved: Sequence[Tensor]) -> Tensor:
         """The gradient of the input, by the rule's own backward."""
-        assert self.rule.back is not None
-        with unrecorded():
-            numbers = {name: self.plain[name] for name in self.rule.saved_for_back if name in self.plain}
-            return self.rule.back(grad, *(saved[k] for k in self.back or ()), **numbers)
+        rule, places = self.decision.rule, self.decision.back or ()
+        assert rule.back is not None
+        numbers = {name: self.plain[name] for name in rule.saved_for_back if name in self.plain} if self.plain else {}
+        return rule.back(grad, *(saved[k] for k in places), **numbers)
 
     def _names(self) -> str:
-        return ", ".join(sorted(name for *_, source in self.sources for name in source.names))
+        return ", ".join(sorted(name for source in self.sources for name in source.names))
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """What was decided of a call by a rule, for all calls like it: with tensors and plain values, given by position."""
+    """How a call is taken that is like one before: with tensors and plain values, given by position."""
 
-    rule: Rule
-    n: int
-    # the arguments that are parameters, by name and position
-    shared: tuple[tuple[str, int], ...]
+    decision: Decision
+    # the positions of the arguments that are parameters, as they are wanted
+    shared: tuple[int, ...]
     # the positions of the arguments that are saved; after them come the statistics that the rule keeps
     saved: tuple[int, ...]
     statistics: int
-    # the arguments without tensors, by name and position, and slots for the others
+    # the arguments without tensors, by name and position
     plain: tuple[tuple[str, int], ...]
-    slots: Mapping[str, Any]
-    place: Axis
-    # where the rule's own backward finds what it needs among what is saved; None where torch's is taken
-    back: tuple[int, ...] | None
+    # the position of the argument that the rule's own backward leads to; None where torch's is taken
+    led_to: int | None
 
 
 _MEETINGS: dict[Hashable, Meeting] = {}
@@ -239,26 +247,27 @@ def meeting_before(recording: Recorder, op: Operation, args: tuple[Any, ...], n:
     if n is None or n <= 1 or recording.create_graph or not torch.is_grad_enabled():
         return None
     found = _MEETINGS.get(key_of_meeting(op.name, n, args, recording.kind, recording.sources))
-    return found if found is not None and found.rule is RULES[op.name] else None
+    return found if found is not None and found.decision.rule is RULES[op.name] else None
 
 
-def meet_again(recording: Recorder, func: Function, op: Operation, meeting: Meeting, args: tuple[Any, ...]) -> Any:
+def meet_again(recording: Recorder, func: Function, meeting: Meeting, args: tuple[Any, ...]) -> Any:
     """Run a call whose like was decided before."""
-    values, rule = list(args), meeting.rule
-    for _, k in meeting.shared:
+    values, rule = list(args), meeting.decision.rule
+    for k in meeting.shared:
         values[k] = args[k].detach()
-    out, statistics = _run(func, rule, values, {}, graph=meeting.back is None)
-    plain = {name: args[k] for name, k in meeting.plain}
-    saved = [*(values[k] for k in meeting.saved), *statistics[: meeting.statistics]]
-    sources = [(name, None, recording.sources[id(args[k])]) for name, k in meeting.shared]
-    awaited = Awaited(op.name, meeting.n, rule, plain, meeting.slots, sources, [meeting.place], meeting.back)
-    led_to = None if meeting.back is None else args[rule.arguments.index(rule.samples)]
-    return awaited.tap(recording, [no_view(out)], saved, led_to)[0]
+    out, statistics = _run(func, rule, values, {}, graph=meeting.led_to is None)
+    saved = [values[k] for k in meeting.saved]
+    if meeting.statistics:
+        saved += statistics[: meeting.statistics]
+    sources = [recording.sources[id(args[k])] for k in meeting.shared]
+    awaited = Awaited(meeting.decision, {name: args[k] for name, k in meeting.plain}, sources)
+    return awaited.tap(recording, [no_view(out)], saved, None if meeting.led_to is None else args[meeting.led_to])[0]
 
 
 def _remember(recording: Recorder, call: Call, awaited: Awaited, saved: int) -> None:
     """Keep what was decided, if all that decided it is in the key."""
-    rule, held, (place,) = awaited.rule, awaited.slots, awaited.places
+    decision = awaited.decision
+    rule, held, (place,) = decision.rule, decision.slots, decision.places
     plain_place = place.ragged is None and place.chosen is None
     if call.kwargs or RULES.get(call.name) is not rule or recording.create_graph or not plain_place:
         return
@@ -268,14 +277,14 @@ def _remember(recording: Recorder, call: Call, awaited: Awaited, saved: int) -> 
     own = sorted((slot.place, where[name]) for name in given if isinstance((slot := held[name]).place, int))
     statistics = held.get("statistics", ()) if rule.run is not None else ()
     kept = sum(isinstance(slot.place, int) for slot in statistics)
-    if key is None or len(own) + kept != saved or not all(k is None and name in where for name, k, _ in awaited.sources):
+    if key is None or len(own) + kept != saved or not all(k is None and name in where for name, k in decision.wanted):
         return
     if len(_MEETINGS) >= _MOST_MEETINGS:
         _MEETINGS.clear()
-    shared = [(name, where[name]) for name, *_ in awaited.sources]
+    shared = [where[name] for name, _ in decision.wanted]
     plain = [(name, k) for name, k in where.items() if name not in held]
-    saved_at = tuple(k for _, k in own)
-    _MEETINGS[key] = Meeting(rule, call.n, tuple(shared), saved_at, kept, tuple(plain), held, place, awaited.back)
+    led_to = None if decision.back is None else rule.arguments.index(rule.samples)
+    _MEETINGS[key] = Meeting(decision, tuple(shared), tuple(k for _, k in own), kept, tuple(plain), led_to)
 
 
 def _held(

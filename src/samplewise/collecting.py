@@ -1,7 +1,8 @@
 """What a recording collects: factors by the shared tensor that was used, put together per parameter when asked for."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,6 +50,19 @@ class Source(NamedTuple):
     def key(self) -> object:
         """Uses with the same key have gradients that add up."""
         return self.names if self.edge is None else (self.edge.node, self.edge.output_nr)
+
+
+def of_parameter(name: str, parameter: Tensor) -> tuple[Shared, Source]:
+    """What is said of a parameter, and of its uses."""
+    kind, source = _in_every_recording(name, parameter.shape, parameter.dtype)
+    alone = parameter.is_leaf and parameter._base is None  # noqa: SLF001
+    return kind, source if alone else Source.of(parameter, kind)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _in_every_recording(name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[Shared, Source]:
+    kind = Shared(frozenset({name}))
+    return kind, Source(kind.names, kind.isometric, shape, dtype, None)
 
 
 def _hook_lists(tensor: Tensor) -> Iterator[Mapping[int, Any]]:
@@ -112,6 +126,9 @@ class Use:
     algorithm: str = "unused"
 
 
+Uses = Sequence[Use]
+
+
 @dataclass
 class Arrived:
     """The factors of the uses of one shared tensor."""
@@ -152,13 +169,15 @@ class Collector:
         self._hooks: dict[Any, list[Mapping[int, Any]]] = {}
         self.empty = True
 
-    def expect(self, source: Source, op: str, how: str) -> list[Use]:
+    def expect(self, source: Source, op: str, how: str) -> Uses:
         """Note a use in the forward; `add` with the same uses brings its factor."""
         for name in source.names:
             # a derived tensor's pull-back waits for the end
             self._expected[name] = self._expected.get(name, 0) + (1 if source.edge is None else math.inf)
-        # nobody asks for the coverage of what is consumed
-        new = [Use(name, op, how) for name in sorted(source.names)] if self.consume is None else []
+        if self.consume is not None:
+            # nobody asks for the coverage of what is consumed
+            return ()
+        new = [Use(name, op, how) for name in sorted(source.names)]
         self.uses += new
         return new
 
@@ -172,7 +191,7 @@ class Collector:
         for name in names:
             self._expected[name] = math.inf
 
-    def add(self, source: Source, factor: Factor, uses: list[Use]) -> None:
+    def add(self, source: Source, factor: Factor, uses: Uses) -> None:
         """Take the factor of one use."""
         self.empty = False
         key, name = source.key, next(iter(source.names))

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 
 from .buffers import scratch
 from .convolution_costs import LANES, Ways, is_pointwise, ways
-from .factors import HALF, Dense, Factor, chunk_size, squares, wide
+from .factors import HALF, Dense, Factor, chunk_size, joined, squares, wide
 from .outer import Outer, gram_norms
 from .pixels import Geometry, patch_grams, samples_last
 from .products import operands, tile
@@ -87,8 +87,8 @@ class Convolution(Factor):
             return squares(self.to_dense())
         if self.algorithm == "gram":
             held = self.groups * math.prod(self.grad.shape[2:]) ** 2 * max(4, self.grad.element_size())
-            return _joined([part.gram_squares() for part in self._parts(chunk_size(held, self.n, self.grad.device))])
-        return _joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.tile, self.n, self.grad.device))])
+            return joined([part.gram_squares() for part in self._parts(chunk_size(held, self.n, self.grad.device))])
+        return joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.tile, self.n, self.grad.device))])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scale = weights.to(self.grad.dtype).reshape(-1, *[1] * (self.grad.ndim - 1))
@@ -207,10 +207,6 @@ def _transposed_products(outer: Outer) -> Tensor:
     """`(n * g, i, o)`: BLAS is faster with the wider side first, and with the even one last."""
     right, left = operands(outer.right, outer.left)
     return tile(right.flatten(0, 1), left.flatten(0, 1))
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _fresh(_: str, shape: Sequence[int], like: Tensor) -> Tensor:

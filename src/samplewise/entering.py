@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 
 from .alignment import through_index
 from .axes import Axis, Call, Lost, Where, swapped, whole
-from .collecting import Collector, Shared, Source, Use
+from .collecting import Collector, Shared, Source, Uses
 from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor, Single
 from .ownership import written
@@ -86,7 +86,7 @@ def _sole(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
     source, n, sample = source_of(recording, tensor), call.n, call.sample() if call.n > 1 else None
     uses = recording.collector.expect(source, call.name, "rows")
 
-    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, Uses, Factor]]:
         grad = grads[0]
         assert grad is not None
         # an embedding may have asked for a sparse one
@@ -186,7 +186,7 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
     # the closure holds no tensor and no call
     n, shape, below = call.n, origin.shape, value.ndim - origin.ndim
 
-    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, Uses, Factor]]:
         grad = grads[0]
         assert grad is not None
         if diagonal:

@@ -6,7 +6,7 @@ Every quantity has a dense default, so that a new factor is right before it is f
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -243,6 +243,11 @@ def squares(x: Tensor) -> Tensor:
     rest = torch.linalg.vector_norm(rows[:, body:], dim=1, dtype=wider).square()
     total: Tensor = pieces.square().sum(1) + rest
     return total
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """What was found for some samples at a time, for all."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def wide(x: Tensor) -> Tensor:

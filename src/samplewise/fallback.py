@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .axes import Axis, Call
-from .collecting import Source, Use
+from .collecting import Source, Uses
 from .entering import Function, Recorder, enter, names_of, replaced, source_of, spreads
 from .errors import MixedSamplesError, UnsupportedOpError
 from .factors import Dense, Factor
@@ -113,7 +113,7 @@ def _copies(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
     source = source_of(recording, tensor)
     uses = recording.collector.expect(source, call.name, "fallback")
 
-    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+    def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, Uses, Factor]]:
         grad = grads[0]
         assert grad is not None
         return [(source, uses, Dense(grad))]

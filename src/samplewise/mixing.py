@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .axes import NOBODY, Axis, Call, Lost, swapped, tensors_in
 from .by_rule import bind, by_rule, no_view, placed, slots_of, tap
-from .collecting import Source, Use
+from .collecting import Source, Uses
 from .contractions import CONTRACTIONS, Contraction, contract, rows_first
 from .entering import (
     Function,
@@ -135,7 +135,7 @@ def _postponed(
     message = first[0] if first else f"{refusal} This happened {place(recording.model)}."
     out = func(*args, **kwargs)
 
-    def factors(_: Grads, __: Sequence[Tensor]) -> list[tuple[Source, list[Use], Factor]]:
+    def factors(_: Grads, __: Sequence[Tensor]) -> list[tuple[Source, Uses, Factor]]:
         raise SampleAxisError(message)
 
     outs = [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]

@@ -1,8 +1,7 @@
 """What is known of tensors, by identity, forgotten when they are."""
 
 import weakref
-from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -12,27 +11,20 @@ Value = TypeVar("Value")
 class Notes(Generic[Value]):
     """A dictionary with tensors as keys that does not keep them alive.
 
-    The weak references only tell when a tensor is gone and are never followed: a tensor that autograd alone still holds keeps its
-    identity.
+    A weak reference tells whether a note is of the tensor that has this identity now: one that is gone left it to another. A tensor that
+    autograd alone still holds keeps its identity.
     """
 
     def __init__(self) -> None:
+        # two dictionaries, and not one of pairs: the garbage collector has fewer objects to look at
         self._values: dict[int, Value] = {}
-        self._watch: dict[int, Any] = {}
-        self._self = weakref.ref(self)
+        self._noted: dict[int, weakref.ref[Tensor]] = {}
 
     def get(self, tensor: Tensor) -> Value | None:
         """What is known, or None."""
-        return self._values.get(id(tensor))
+        noted = self._noted.get(id(tensor))
+        return None if noted is None or noted() is None else self._values[id(tensor)]
 
     def __setitem__(self, tensor: Tensor, value: Value) -> None:
-        key = id(tensor)
-        if key not in self._watch:
-            self._watch[key] = weakref.ref(tensor, partial(_forget, self._self, key))
-        self._values[key] = value
-
-
-def _forget(notes: Any, key: int, _: object) -> None:
-    alive = notes()
-    if alive is not None:
-        del alive._values[key], alive._watch[key]  # noqa: SLF001
+        self._values[id(tensor)] = value
+        self._noted[id(tensor)] = weakref.ref(tensor)

@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor
 
 from .buffers import scratch
-from .factors import Dense, Factor, chunk_size, squares, wide
+from .factors import Dense, Factor, chunk_size, joined, squares, wide
 from .products import bmm, has_onednn, onednn_linear, operands, own_kernels, tile
 from .strategy import Rates, current, rates
 
@@ -73,7 +73,7 @@ class Outer(Factor):
         if self.algorithm == "gram":
             # Ghost norm (Li et al. 2022, arXiv:2110.05679)
             return gram_norms(*operands(self.left, self.right))
-        return torch.cat([squares(part) for part in _tiles(*operands(self.left, self.right))])
+        return joined([squares(part) for part in _tiles(*operands(self.left, self.right))])
 
     def inner(self, other: Factor) -> Tensor:
         if isinstance(other, Outer) and _same_blocks(self, other):
@@ -238,7 +238,8 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
             yield _by_linear_layer(a, b)[None]
         return
     size = chunk_size(g * o * i * max(4, left.element_size()), n, left.device)
-    for a, b in zip(left.split(size), right.split(size), strict=True):
+    parts = [(left, right)] if size >= n else zip(left.split(size), right.split(size), strict=True)
+    for a, b in parts:
         yield tile(a.flatten(0, 1), b.flatten(0, 1)).reshape(len(a), g * o, i)
 
 

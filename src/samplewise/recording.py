@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .attaching import Entrance, common_size, held_tensors, is_packed, packed_owners, refuse_hooks, refuse_unrecordable
+from .attaching import Entrance, common_size, held_tensors, is_packed, one_of, packed_owners, refuse_hooks, refuse_unrecordable
 from .axes import Axis, Call, Lost, Where, tensors_in
 from .buffers import keep_freed_memory
 from .by_rule import meet_again, meeting_before
-from .collecting import Collector, Shared, Source, leaves_of
+from .collecting import Collector, Shared, Source, leaves_of, of_parameter
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 from .factors import Factor
 from .mixing import mix
@@ -65,8 +65,8 @@ class Recording(TorchFunctionMode):
         store: Store | None = None,
     ) -> None:
         super().__init__()
-        _one_of("fallback", fallback, "allow", "error")
-        _one_of("loss_reduction", loss_reduction, "sum", "mean")
+        one_of("fallback", fallback, "allow", "error")
+        one_of("loss_reduction", loss_reduction, "sum", "mean")
         self.model, self.n, self.batch_dim = model, batch_size, batch_dim
         self.loss_reduction, self.fallback, self.create_graph = loss_reduction, fallback, create_graph
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -75,10 +75,11 @@ class Recording(TorchFunctionMode):
         self.anchor = torch.zeros((), device="cpu", requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
         self._names_of: dict[int, str] = {}
-        self.sources: dict[int, Source] = {}
+        self.sources = dict[int, Source]()
         self._modules: list[nn.Module] = []
-        # what a tensor is, and when that was noted
-        self._kinds: Notes[tuple[Kind, int]] = Notes()
+        # what a tensor is, and when that was noted, if in-place ops had changed anything by then
+        self._kinds: Notes[Kind] = Notes()
+        self._noted: Notes[int] = Notes()
         # memory in which an in-place op changed what a tensor is, and when: other tensors noted before are stale
         self._changed: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self._clock = 0
@@ -110,9 +111,8 @@ class Recording(TorchFunctionMode):
             self.declare(tensor, CONSTANT)
         for name, parameter in self.parameters.items():
             refuse_hooks(name, parameter)
-            kind = Shared(frozenset({name}))
+            kind, self.sources[id(parameter)] = of_parameter(name, parameter)
             self.declare(parameter, kind)
-            self.sources[id(parameter)] = Source.of(parameter, kind)
         self._watch()
         self._handles.append(self.model.register_forward_pre_hook(Entrance(self._enter_model), with_kwargs=True, prepend=True))
         self._open = True
@@ -128,7 +128,9 @@ class Recording(TorchFunctionMode):
 
     def declare(self, tensor: Tensor, kind: Kind) -> None:
         """Say what a tensor is, whatever its shape suggests."""
-        self._kinds[tensor] = (kind, self._clock)
+        self._kinds[tensor] = kind
+        if self._clock:
+            self._noted[tensor] = self._clock
         if isinstance(kind, Lost) and tensor.layout == torch.strided:
             self._lost.append(weakref.ref(tensor))
 
@@ -137,8 +139,7 @@ class Recording(TorchFunctionMode):
 
         `mixed`: samples were brought together in it, whatever it was before; `base`: what it is a view of, and was before.
         """
-        note = self._kinds.get(tensor)
-        new = mixed or kind != (note[0] if note else CONSTANT)
+        new = mixed or kind != (self._kinds.get(tensor) or CONSTANT)
         if new and tensor.layout == torch.strided:
             self._clock += 1
             storage = tensor.untyped_storage()
@@ -148,10 +149,10 @@ class Recording(TorchFunctionMode):
                 self.declare(whole, of_base(whole, held if isinstance(held, Axis) else None, tensor, kind, self.n or 0))
         self.declare(tensor, kind)
 
-    def _stale(self, tensor: Tensor, noted: int) -> bool:
+    def _stale(self, tensor: Tensor) -> bool:
         strided = tensor.layout == torch.strided
         changed = self._changed.get(tensor.untyped_storage()._cdata) if strided else None  # noqa: SLF001
-        return changed is not None and changed[1] > noted
+        return changed is not None and changed[1] > (self._noted.get(tensor) or 0)
 
     def where(self, tensor: Tensor) -> Where | None:
         """Where the sample axis of a tensor is; None for what does not depend on the samples."""
@@ -160,8 +161,8 @@ class Recording(TorchFunctionMode):
 
     def kind(self, tensor: Tensor) -> Kind:
         """What a tensor is: placed, lost, shared or constant."""
-        kind, noted = self._kinds.get(tensor) or (self._first_seen(tensor), 0)
-        if self._changed and self._stale(tensor, noted):
+        kind = self._kinds.get(tensor) or self._first_seen(tensor)
+        if self._changed and self._stale(tensor):
             return Lost("an in-place op on a tensor that shares its memory")
         if type(kind) is Axis:
             return kind
@@ -195,6 +196,8 @@ class Recording(TorchFunctionMode):
             shared = (other for ref in self._lost if (other := ref()) is not None and other.untyped_storage()._cdata == cells)  # noqa: SLF001
             kind = next((where for other in shared if isinstance(where := self.where(other), Lost)), kind)
         self.declare(tensor, kind)
+        # it may be older than any change
+        self._noted[tensor] = 0
         return kind
 
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -215,7 +218,7 @@ class Recording(TorchFunctionMode):
             for sequence in packed:
                 self._enter_packed(sequence)
         for x in inputs:
-            unsaid = (self._kinds.get(x) or (CONSTANT, 0))[0] == CONSTANT
+            unsaid = (self._kinds.get(x) or CONSTANT) == CONSTANT
             if unsaid and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
                 self.declare(x, Axis(self.batch_dim))
 
@@ -248,7 +251,7 @@ class Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         meeting = None if kwargs or op.inplace or op.name not in RULES else meeting_before(self, op, args, self.n)
         if meeting is not None:
-            return meet_again(self, func, op, meeting, args)
+            return meet_again(self, func, meeting, args)
         inner = EXPANSIONS.get(op.name, op.source)
         # a function that comes back to itself checks for overrides in a way of its own: it runs as one op
         if inner is not None and not op.inplace and (func, torch._C._current_graph_task_id()) not in self._sources:  # noqa: SLF001
@@ -493,8 +496,3 @@ class Recording(TorchFunctionMode):
                     "backward: the loss does not depend on the samples that the model was given. Check that it is computed from "
                     "the model's output inside the recording, and that `batch_size` and `batch_dim` are right."
                 )
-
-
-def _one_of(name: str, value: str, *choices: str) -> None:
-    if value not in choices:
-        raise ValueError(f"record: {name} is one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,18 +1,19 @@
 """The two places where a recording touches the autograd graph: an op's results, and a parameter that enters row by row."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .collecting import Source, Use, leaves_of
+from .collecting import Source, Uses, leaves_of
 from .errors import UnsupportedOpError
 from .factors import Factor
 
 Grads = Sequence[Tensor | None]
 # (gradients of the results, saved tensors) -> the factor of each use
-Factors = Callable[[Grads, Sequence[Tensor]], list[tuple[Source, list[Use], Factor]]]
+Factors = Callable[[Grads, Sequence[Tensor]], list[tuple[Source, Uses, Factor]]]
 # (gradient of the result, saved tensors) -> gradient of the op's input
 Back = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
@@ -25,6 +26,9 @@ class Collects(Protocol):
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors, if this backward belongs to the recording."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Arithmetic that no recording sees."""
 
 
 class Tap(torch.autograd.Function):
@@ -76,13 +80,16 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Collect, and pass the gradients through."""
-        _refuse_second(ctx.recording)
-        saved = ctx.saved_tensors
-        ctx.recording.collect(ctx.factors, grads, saved)
-        if ctx.back is None:
+        recording, back, saved = ctx.recording, ctx.back, ctx.saved_tensors
+        _refuse_second(recording)
+        recording.collect(ctx.factors, grads, saved)
+        if back is None:
             return None, None, None, None, None, None, *grads, *[None] * len(saved)
-        wanted = ctx.needs_input_grad[3] and grads[0] is not None
-        return None, None, None, ctx.back(grads[0], saved) if wanted else None, None, None, *[None] * (len(grads) + len(saved))
+        passed = None
+        if ctx.needs_input_grad[3] and grads[0] is not None:
+            with recording.aside():
+                passed = back(grads[0], saved)
+        return None, None, None, passed, None, None, *[None] * (len(grads) + len(saved))
 
 
 # `apply` without the look for what transforms of torch.func left behind: none runs where a recording is active

@@ -25,7 +25,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[
     if input.ndim <= 2 or input.is_contiguous() or weight.ndim != 2:
         return F.linear(input, weight, bias), ()
     out = F.linear(input.reshape(math.prod(input.shape[:-1]), input.shape[-1]), weight, bias)
-    return out.reshape(*input.shape[:-1], len(weight)), ()
+    return out.reshape(*input.shape[:-1], weight.shape[0]), ()
 
 
 def _linear_back(grad: Tensor, weight: Tensor) -> Tensor:
@@ -35,7 +35,9 @@ def _linear_back(grad: Tensor, weight: Tensor) -> Tensor:
         return grad[..., None] * weight
     if _by_onednn(grad, weight.mT):
         return onednn_linear(grad, weight.mT)
-    return (grad.reshape(math.prod(grad.shape[:-1]), len(weight)) @ weight).view(*grad.shape[:-1], weight.shape[1])
+    if grad.ndim == 2:
+        return grad @ weight
+    return (grad.reshape(math.prod(grad.shape[:-1]), weight.shape[0]) @ weight).view(*grad.shape[:-1], weight.shape[1])
 
 
 def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -43,7 +45,7 @@ def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
     if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or weight.ndim != 2 or input.ndim < 2:
         return False
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias))
-    if graph or 2 * input.numel() * len(weight) <= _SMALL_PRODUCT or not has_onednn(input) or rates(input).layer <= 1:
+    if graph or 2 * input.numel() * weight.shape[0] <= _SMALL_PRODUCT or not has_onednn(input) or rates(input).layer <= 1:
         return False
     if not unobserved(input, weight) or torch.is_autocast_enabled("cpu"):
         return False
@@ -128,6 +130,8 @@ def _totals(g: Tensor, bias: Tensor | None) -> Tensor:
     """Over positions, and over features where one number is added to all, `(n, *bias.shape)`."""
     assert bias is not None
     totals = g.sum((1, 2))
+    if bias.shape == totals.shape[1:]:
+        return totals
     if bias.numel() == 1:
         return totals.sum(1).reshape(len(g), *bias.shape)
     return totals.reshape(len(g), *bias.shape) if bias.shape[-1:].numel() == bias.numel() == totals.shape[1] else totals
