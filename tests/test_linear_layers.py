@@ -415,3 +415,38 @@ def test_inputs_of_a_subclass_are_refused(faster: list[str]) -> None:
         pytest.raises(sw.UnsupportedOpError, match=r"^linear: gave a Tagged.*bias, weight.*as_subclass"),
     ):
         rec.backward(squares(model, x.as_subclass(Tagged)))
+
+
+# --- memory of results --------------------------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Two layers whose results are added: the same gradient arrives at both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_gradients_of_biases_have_memory_of_their_own(*, spread: bool) -> None:
+    """Though with one position for each sample they are what arrived, and in both layers the same, or one number for all."""
+    model, x = Branches(), torch.randn(4, 3)
+
+    def losses(m: nn.Module, x: Tensor) -> Tensor:
+        return m(x).sum(1) if spread else m(x).square().sum(1)
+
+    with sw.record(model) as rec:
+        out = losses(model, x)
+        rec.backward(out)
+    norms, streamed = rec.norms(), sw.per_sample_grads(model, losses, x)
+    for grads in (rec.grads(), streamed):
+        before = grads["second.bias"].clone()
+        grads["first.bias"].mul_(3)
+        torch.testing.assert_close(grads["second.bias"], before)
+        torch.testing.assert_close(grads["first.bias"], 3 * before)
+    torch.testing.assert_close(rec.norms(), norms)
+    assert {row.structure for row in rec.coverage().rows if row.parameter.endswith("bias")} == {("Dense",)}

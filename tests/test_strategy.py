@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import samplewise as sw
 from samplewise import buffers, products, strategy
-from samplewise.outer import Outer
+from samplewise.factors import squares
+from samplewise.outer import Outer, _tiles
 from samplewise.strategy import STRATEGIES, Rates
+from samplewise.streaming import _frees
 
 
 class Mixed(nn.Module):
@@ -116,6 +118,25 @@ def test_the_budget_limits_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> No
         with sw.record(model, memory_budget=budget) as rec:
             rec.backward(model(batch).square().sum((1, 2)))
         assert [row.algorithm for row in rec.coverage().rows].count(("store",)) == stored
+
+
+@pytest.mark.skipif(not products._built_in(), reason="needs oneDNN")
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("t", "o", "i"), [(1, 9, 7), (1, 7, 9), (1, 7, 7), (50, 9, 7), (50, 7, 9)])
+def test_products_by_onednn(monkeypatch: pytest.MonkeyPatch, t: int, o: int, i: int, *, strided: bool) -> None:
+    """The left or the right first, whichever is the cheaper to turn."""
+    rated(monkeypatch, product=1.0, linear=2.0)
+    monkeypatch.setattr("samplewise.outer._SMALL_PRODUCT", 0)
+    monkeypatch.setattr("samplewise.outer.has_onednn", lambda _: True)
+    left, right = torch.randn(4, 1, t, 2 * o)[..., :o], torch.randn(4, 1, t, 2 * i)[..., :i]
+    factor = Outer(left, right, torch.Size((o, i))) if strided else Outer(left.clone(), right.clone(), torch.Size((o, i)))
+    weights, grads = torch.rand(4), (left.double().mT @ right.double())[:, 0]
+    with torch.no_grad():
+        found = factor.weighted_sum(weights)
+        norms = torch.cat([squares(part) for part in _tiles(factor.left, factor.right)])
+    torch.testing.assert_close(found.double(), torch.einsum("n,noi->oi", weights.double(), grads), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norms.double(), grads.square().sum((1, 2)), rtol=1e-4, atol=1e-5)
+    assert found.is_contiguous()
 
 
 @pytest.mark.parametrize(("length", "algorithm"), [(1, ("gram", "rows")), (40, ("store",))])
@@ -311,6 +332,17 @@ print(kept, resident() - before)
     kept, left = map(float, run.stdout.split())
     assert kept > 100
     assert left < 40
+
+
+def test_what_frees_memory_becomes_a_sum_first() -> None:
+    """Then the largest factors, so that the least of them is left beside the sums of the others."""
+
+    def outer(t: int) -> Outer:
+        return Outer(torch.zeros(2, 1, t, 50), torch.zeros(2, 1, t, 60), torch.Size((50, 60)))
+
+    factors = {"some": outer(2), "more": outer(9), "most, and more than the sum": outer(20), "least": outer(1)}
+    order = sorted(factors, key=lambda name: _frees(factors[name]), reverse=True)
+    assert order == ["most, and more than the sum", "more", "some", "least"]
 
 
 def test_no_buffer_is_shared_with_a_graph_or_a_trace() -> None:

@@ -202,7 +202,7 @@ class Collector:
             factor = Dense(factor.to_dense())
         if self.consume is None:
             for use in uses:
-                use.structure, use.algorithm = type(factor).__name__, factor.algorithm
+                use.structure, use.algorithm = factor.structure, factor.algorithm
         arrived = self._arrived.get(key)
         if arrived is None:
             arrived = self._arrived[key] = Arrived(source)

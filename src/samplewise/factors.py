@@ -29,6 +29,11 @@ class Factor(ABC):
         """The number of samples."""
 
     @property
+    def structure(self) -> str:
+        """What it is, for the coverage report."""
+        return type(self).__name__
+
+    @property
     def algorithm(self) -> str:
         """How norms are found, for the coverage report: from the gradients themselves, "dense", unless said otherwise."""
         return "dense"
@@ -97,6 +102,27 @@ class Dense(Factor):
 
     def to_dense(self) -> Tensor:
         return self.grad
+
+
+@dataclass(frozen=True)
+class Lent(Dense):
+    """Gradients in memory that other factors use too: who asks for them gets a copy."""
+
+    @property
+    def structure(self) -> str:
+        return Dense.__name__
+
+    def to_dense(self) -> Tensor:
+        return self.grad.clone()
+
+    def write(self, out: Tensor) -> Tensor:
+        return out.copy_(self.grad)
+
+    def sq_norms(self) -> Tensor:
+        return Dense(self.grad).sq_norms()
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return Dense(self.grad).weighted_sum(weights)
 
 
 @dataclass(frozen=True)

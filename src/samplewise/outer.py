@@ -235,7 +235,8 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
     (n, g, t, o), i = left.shape, right.shape[-1]
     if g == 1 and n and _by_onednn(left, 2 * t * o * i):
         for a, b in zip(left[:, 0], right[:, 0], strict=True):
-            yield _by_linear_layer(a, b)[None]
+            narrow, other = sorted((a, b), key=lambda x: x.shape[1])
+            yield _by_linear_layer(narrow, other)[None]
         return
     size = chunk_size(g * o * i * max(4, left.element_size()), n, left.device)
     parts = [(left, right)] if size >= n else zip(left.split(size), right.split(size), strict=True)
@@ -245,10 +246,14 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
 
 def _summed(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
     """`sum_{n,t} weights[n] left[n,t] ⊗ right[n,t]`; weights is `(n, 1)`."""
-    wide_left, (n, t, _) = left.shape[2] > right.shape[2], left.shape
-    if _by_onednn(left, 2 * left.numel() * right.shape[2]):
-        product = _by_linear_layer(left.flatten(0, 1), right.flatten(0, 1), weights.expand(n, t).reshape(n * t))
-        return product.mT.contiguous() if wide_left else product
+    (n, t, o), i = left.shape, right.shape[2]
+    wide_left = o > i
+    if _by_onednn(left, 2 * left.numel() * i):
+        # the narrower is the cheaper to turn, but then the product has to be turned too
+        turns = n * t * (o - i) > o * i
+        first, other = (right, left) if turns else (left, right)
+        product = _by_linear_layer(first.flatten(0, 1), other.flatten(0, 1), weights.expand(n, t).reshape(n * t))
+        return product.mT.contiguous() if turns else product
     # the narrower of the two is the cheaper to scale
     scale = weights[..., None]
     left, right = (left, _scaled(right, scale)) if wide_left else (_scaled(left, scale), right)
@@ -256,11 +261,10 @@ def _summed(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
 
 
 def _by_linear_layer(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same by oneDNN, with the narrower side first: transposed into memory in use, and scaled on the way."""
-    narrow, other = (right, left) if left.shape[1] > right.shape[1] else (left, right)
-    turned = scratch("turned", narrow.mT.shape, narrow)
-    turned = turned.copy_(narrow.mT) if weights is None else torch.mul(narrow.mT, weights, out=turned)
-    return onednn_linear(turned, other.mT)
+    """`sum_t weights[t] left[t] ⊗ right[t]` by oneDNN, the left transposed into memory in use, and scaled on the way."""
+    turned = scratch("turned", left.mT.shape, left)
+    turned = turned.copy_(left.mT) if weights is None else torch.mul(left.mT, weights, out=turned)
+    return onednn_linear(turned, right.mT)
 
 
 def _by_onednn(left: Tensor, flops: float) -> bool:

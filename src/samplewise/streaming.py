@@ -10,7 +10,7 @@ from .joined import Joined
 from .quantities import Record, check_limit, clipping_weights, dense_in, total_norms
 from .recording import Recording
 from .strategy import Strategy
-from .sums import Store
+from .sums import Store, held
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -134,10 +134,18 @@ def clipped_grads(
         norms = total_norms([*squares, *small.sq_norms()], rec._n(), rec._like())  # noqa: SLF001
         weights = clipping_weights(norms, max_grad_norm)
         sums = small.weighted_sums(weights)
-        while kept:
-            name, factor = kept.popitem()
-            sums[name] = factor.weighted_sum(weights)
+        order = sorted(kept, key=lambda name: _frees(kept[name]))
+        while order:
+            name = order.pop()
+            sums[name] = kept.pop(name).weighted_sum(weights)
         return rec._filled(sums, out), norms  # noqa: SLF001
+
+
+def _frees(factor: Factor) -> tuple[bool, int]:
+    """Whether a factor takes more memory than a sum of its gradients, and how much: such are the first to become sums."""
+    tensors = held(factor)
+    size = sum(x.nbytes for x in tensors)
+    return size >= factor.shape.numel() * tensors[0].element_size(), size
 
 
 def _run(rec: Record, loss_fn: LossFunction, batch: Batch) -> None:

@@ -128,9 +128,9 @@ class Store:
         chosen, algorithm = current(), factor.algorithm
         if algorithm not in {"gram", "tile"} or chosen.name not in {"auto", "store"}:
             return False
-        held = _held(factor)
-        size = factor.n * factor.shape.numel() * _first(held).element_size()
-        lean = size <= sum(x.nbytes for x in held)
+        tensors = held(factor)
+        size = factor.n * factor.shape.numel() * _first(tensors).element_size()
+        lean = size <= sum(x.nbytes for x in tensors)
         # norms by tiles form the gradients anyway: kept, they need not be formed again for a weighted sum
         quick = algorithm == "tile" and self.spent + size <= chosen.memory_budget
         self.spent += size if quick and not lean else 0
@@ -138,19 +138,19 @@ class Store:
 
     def kept(self, factor: Factor) -> Factor:
         """The gradients, as a factor."""
-        return Kept(factor.write(_first(_held(factor)).new_empty(factor.n, *factor.shape)))
+        return Kept(factor.write(_first(held(factor)).new_empty(factor.n, *factor.shape)))
 
 
-def _held(factor: Factor) -> list[Tensor]:
+def held(factor: Factor) -> list[Tensor]:
     """The tensors that a factor is made of."""
     if isinstance(factor, Sum):
-        return [x for term in factor.terms for x in _held(term)]
+        return [x for term in factor.terms for x in held(term)]
     return [x for x in vars(factor).values() if isinstance(x, Tensor)]
 
 
-def _first(held: Sequence[Tensor]) -> Tensor:
+def _first(tensors: Sequence[Tensor]) -> Tensor:
     """One of the type that the gradients have, unlike indices."""
-    return next(x for x in held if x.dtype != torch.long)
+    return next(x for x in tensors if x.dtype != torch.long)
 
 
 def _join_outers(outers: list[Outer]) -> Outer:

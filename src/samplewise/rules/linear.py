@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samplewise.factors import Dense, positions
+from samplewise.factors import Dense, Lent, positions
 from samplewise.outer import Outer
 from samplewise.products import has_onednn, onednn_linear, unobserved
 from samplewise.registry import rule
@@ -114,7 +114,7 @@ def addmm(
         return positions(grad if number == 1 else grad * number)
 
     return {
-        "input": lambda: Dense(_totals(times(beta), input)),
+        "input": lambda: _bias(times(beta), input),
         "mat2": lambda: Outer(positions(mat1), times(alpha), mat2.shape),
     }
 
@@ -123,12 +123,19 @@ def addmm(
 def linear(grad: Tensor, out: None, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, object]:
     # out[n,t,o] = sum_i input[n,t,i] weight[o,i] + bias[o]
     g = positions(grad if weight.ndim == 2 else grad[..., None])
-    return {"weight": lambda: Outer(g, positions(input), weight.shape), "bias": lambda: Dense(_totals(g, bias))}
+    return {"weight": lambda: Outer(g, positions(input), weight.shape), "bias": lambda: _bias(g, bias)}
 
 
-def _totals(g: Tensor, bias: Tensor | None) -> Tensor:
-    """Over positions, and over features where one number is added to all, `(n, *bias.shape)`."""
+def _bias(g: Tensor, bias: Tensor | None) -> Dense:
+    """`sum_t g[n,t,o]`."""
     assert bias is not None
+    if g.shape[2] == 1 and bias.shape == g.shape[3:]:
+        return Lent(g[:, 0, 0])
+    return Dense(_totals(g, bias))
+
+
+def _totals(g: Tensor, bias: Tensor) -> Tensor:
+    """Over positions, and over features where one number is added to all, `(n, *bias.shape)`."""
     totals = g.sum((1, 2))
     if bias.shape == totals.shape[1:]:
         return totals
