@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import samplewise as sw
 from samplewise import buffers, products, strategy
-from samplewise.factors import squares
+from samplewise.factors import Dense, Factor, Pulled, squares
 from samplewise.outer import Outer, _tiles
 from samplewise.strategy import STRATEGIES, Rates
 from samplewise.streaming import _frees
@@ -343,6 +343,21 @@ def test_what_frees_memory_becomes_a_sum_first() -> None:
     factors = {"some": outer(2), "more": outer(9), "most, and more than the sum": outer(20), "least": outer(1)}
     order = sorted(factors, key=lambda name: _frees(factors[name]), reverse=True)
     assert order == ["most, and more than the sum", "more", "some", "least"]
+
+
+def test_factors_that_hold_no_tensor_themselves_have_their_turn() -> None:
+    class Elsewhere(Factor):
+        shape, n = torch.Size((2,)), 3
+
+        def regroup(self, n: int) -> Factor:
+            return self
+
+        def to_dense(self) -> Tensor:
+            return torch.ones(3, 2)
+
+    pulled = Pulled(Dense(torch.ones(3, 2)), lambda rows: rows, False, torch.Size((2,)))
+    assert _frees(pulled) == (True, 24)
+    assert _frees(Elsewhere()) == (True, 0)
 
 
 def test_no_buffer_is_shared_with_a_graph_or_a_trace() -> None:

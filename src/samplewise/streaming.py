@@ -145,7 +145,8 @@ def _frees(factor: Factor) -> tuple[bool, int]:
     """Whether a factor takes more memory than a sum of its gradients, and how much: such are the first to become sums."""
     tensors = held(factor)
     size = sum(x.nbytes for x in tensors)
-    return size >= factor.shape.numel() * tensors[0].element_size(), size
+    # a factor of somebody else may hold its tensors in some way of its own
+    return size >= factor.shape.numel() * max((x.element_size() for x in tensors), default=0), size
 
 
 def _run(rec: Record, loss_fn: LossFunction, batch: Batch) -> None:

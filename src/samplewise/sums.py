@@ -145,6 +145,8 @@ def held(factor: Factor) -> list[Tensor]:
     """The tensors that a factor is made of."""
     if isinstance(factor, Sum):
         return [x for term in factor.terms for x in held(term)]
+    if isinstance(factor, Pulled):
+        return held(factor.factor)
     return [x for x in vars(factor).values() if isinstance(x, Tensor)]
 
 
