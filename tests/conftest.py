@@ -8,4 +8,4 @@ from samplewise import buffers
 # rates that the tests measure stay out of the user's own cache
 os.environ["SAMPLEWISE_CACHE"] = tempfile.mkdtemp(prefix="samplewise-tests-")
 # small blocks are kept and overwritten as large ones are, so that no result is left in one
-buffers.FROM_HEAP = 1
+buffers.SMALLEST = 1

@@ -38,7 +38,7 @@ ALLOWED = {
     "pixels": {"buffers", "factors", "products"},
     "convolution_costs": {"outer", "pixels", "strategy"},
     "convolutional": {"buffers", "convolution_costs", "factors", "outer", "pixels", "products", "strategy"},
-    "sums": {"buffers", "factors", "outer", "products", "strategy"},
+    "sums": {"factors", "outer", "products", "strategy"},
     "recurrence": {"products", "registry", "running"},
     "rules": {
         "axes",

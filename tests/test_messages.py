@@ -583,7 +583,7 @@ CASES: dict[str, Case] = {
         "'w'",
     ),
     # --- life
-    "attaching.one_of: a choice": Case(
+    "errors.one_of: a choice": Case(
         lambda: sw.record(linear(), fallback="never"),
         "^record: ",
         "fallback .* got 'never'",
@@ -955,6 +955,6 @@ def test_every_place_that_makes_or_raises_an_error_is_found():
 
 
 def test_a_place_without_a_case_is_noticed():
-    seen = observe("attaching.one_of: a choice")
+    seen = observe("errors.one_of: a choice")
     assert any(seen.came_from(site) for site in sites())
-    assert not any(seen.came_from(site) for site in sites() if site.name != "attaching.one_of")
+    assert not any(seen.came_from(site) for site in sites() if site.name != "errors.one_of")

@@ -271,7 +271,7 @@ def test_buffers_are_reused_and_can_be_given_back() -> None:
 
 def test_blocks_that_the_heap_serves_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     sw.release_buffers()
-    monkeypatch.setattr(buffers, "FROM_HEAP", 100)
+    monkeypatch.setattr(buffers, "SMALLEST", 100)
     with torch.no_grad():
         buffers.scratch("a", (24,), torch.zeros(1))
         assert not buffers._slots().held

@@ -11,12 +11,6 @@ from .axes import HOST, tensors_in
 from .errors import UnsupportedOpError
 
 
-def one_of(name: str, value: str, *choices: str) -> None:
-    """Refuse an argument of `record` that is none of the words it may be."""
-    if value not in choices:
-        raise ValueError(f"record: {name} is one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Buffers, and other tensors that modules hold: masks, tables, position ids."""
     for module in modules:

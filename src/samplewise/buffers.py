@@ -18,8 +18,10 @@ from torch import Tensor
 
 # What one thread keeps at most, in bytes; beyond it memory is fresh.
 LIMIT = 512 * 2**20
-# In bytes: blocks below it come from the heap of the C library.
-FROM_HEAP = 2**25
+# In bytes: blocks below it come from the heap of the C library,
+_FROM_HEAP = 2**25
+# and are not kept here.
+SMALLEST = _FROM_HEAP
 # What glibc keeps at most, in bytes; its names for that, and the user's.
 _KEPT = 256 * 2**20
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -48,7 +50,7 @@ def scratch(slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
     """
     size = math.prod(shape)
     traced = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack()  # noqa: SLF001
-    if size * like.element_size() < FROM_HEAP or traced or like.device.type != "cpu":
+    if size * like.element_size() < SMALLEST or traced or like.device.type != "cpu":
         return like.new_empty(shape)
     held, key = _slots().held, (slot, like.device, like.dtype)
     if key not in held or held[key].numel() < size:
@@ -73,7 +75,7 @@ def keep_freed_memory(device: str) -> None:
         libc = _glibc()
         if libc is not None and not any(name in os.environ for name in _SETTINGS):
             # smaller blocks come from the heap, whose end is given back where more than that is free
-            libc.mallopt(_MMAP_THRESHOLD, FROM_HEAP)
+            libc.mallopt(_MMAP_THRESHOLD, _FROM_HEAP)
             libc.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 

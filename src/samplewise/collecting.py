@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .errors import SamplewiseError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor, Pulled
 from .outer import Rows
-from .sums import Store, add
+from .sums import Store, add, held
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Arrived:
 
     def hold(self, factor: Factor) -> None:
         """Remember the versions of what a factor is made of, because it is kept."""
-        self.held += [(x, x._version) for x in vars(factor).values() if isinstance(x, Tensor)]  # noqa: SLF001
+        self.held += [(x, x._version) for x in held(factor)]  # noqa: SLF001
 
     @property
     def changed(self) -> bool:

@@ -19,3 +19,9 @@ class UnsupportedOpError(SamplewiseError):
 
 class VerificationError(SamplewiseError):
     """`verify` found a difference from the batch-of-one loop."""
+
+
+def one_of(name: str, value: str, *choices: str) -> None:
+    """Refuse an argument of `record` that is none of the words it may be."""
+    if value not in choices:
+        raise ValueError(f"record: {name} is one of {', '.join(map(repr, choices))}, got {value!r}")

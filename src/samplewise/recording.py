@@ -17,12 +17,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .attaching import Entrance, common_size, held_tensors, is_packed, one_of, packed_owners, refuse_hooks, refuse_unrecordable
+from .attaching import Entrance, common_size, held_tensors, is_packed, packed_owners, refuse_hooks, refuse_unrecordable
 from .axes import Axis, Call, Lost, Where, tensors_in
 from .buffers import keep_freed_memory
 from .by_rule import meet_again, meeting_before
 from .collecting import Collector, Shared, Source, leaves_of, of_parameter
-from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
+from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError, one_of
 from .factors import Factor
 from .mixing import mix
 from .notes import Notes
