@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import samplewise as sw
 from samplewise import errors, testing
-from samplewise.factors import Dense
+from samplewise.factors import Dense, Factor
 from samplewise.registry import EXPANSIONS, RULES, operation
 
 SOURCE = Path(sw.__file__).parent
@@ -145,6 +145,24 @@ def after_the_recording(backward):
         backward(rec, losses)
 
     return trigger
+
+
+def changed_within_the_backward():
+    """One use has arrived, and the other is to come."""
+
+    def forward(self, b):
+        inner = b @ self.w
+        outer = inner.sin()
+        inner.register_hook(lambda _: [None, outer.detach().zero_()][0])
+        return outer @ self.w
+
+    return sw.per_sample_norms(Net(forward, w=x(D, D)), squares, x())
+
+
+class Unfinished(Factor):
+    """A factor of somebody else."""
+
+    shape = torch.Size([D])
 
 
 def changed_after_the_backward():
@@ -621,7 +639,7 @@ CASES: dict[str, Case] = {
         "Compute it .* from ordinary ops",
         "w",
     ),
-    "recording.Recording.collect: closed": Case(
+    "recording.Recording.awaits: closed": Case(
         after_the_recording(lambda _, losses: losses.sum().backward()), "^backward: ", "closed", "inside the `with"
     ),
     "quantities.Record.backward: closed": Case(
@@ -700,7 +718,13 @@ CASES: dict[str, Case] = {
         "inner",
     ),
     # --- quantities
-    "collecting.Collector.factors: an input changed": Case(
+    "factors._lacking: a method": Case(
+        lambda: Unfinished().sq_norms(), "^Unfinished: ", "lacks `to_dense`", "defines `n`, `regroup`", kind=NotImplementedError
+    ),
+    "collecting.Collector._refuse_changed: within the backward": Case(
+        changed_within_the_backward, "^record: ", "changed in place after the backward", "give the recording a copy"
+    ),
+    "collecting.Collector._refuse_changed: an input": Case(
         changed_after_the_backward, "^record: ", "changed in place after the backward", "give the recording a copy"
     ),
     "quantities.Record.norms: by": Case(

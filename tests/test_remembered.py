@@ -178,4 +178,34 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_in_place_activations() -> None:
     model = Net(lambda m, x: F.relu(m.norm(F.relu(m.inner(x), inplace=True)), inplace=True))
     check(model, batch())
+    assert ("relu", True) in {key[:2] for key in remembered._FOLLOWED}
     check(model, batch())
+
+
+def added_in_place(x: Tensor) -> Tensor:
+    x += 2 * x.detach()
+    return x
+
+
+def test_in_place_sums_of_samples_are_remembered() -> None:
+    model = Net(lambda m, x: added_in_place(m.inner(x)))
+    check(model, batch())
+    assert ("add", True) in {key[:2] for key in remembered._FOLLOWED}
+    check(model, batch())
+
+
+def test_an_in_place_op_that_brings_samples_is_decided_anew() -> None:
+    """Of equal shapes, with samples in what was a constant: what shares its memory is no longer known, every time."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        held = torch.zeros_like(x.detach())[:0].new_zeros(x.shape)
+        rows = held[0]
+        held += x.detach()
+        return m.inner(x) * rows
+
+    model = Net(forward)
+    for _ in range(3):
+        with pytest.raises(SamplewiseError):
+            sw.per_sample_grads(model, losses, batch())
+    assert ("iadd", True) not in {key[:2] for key in remembered._FOLLOWED}
+    assert ("add", True) not in {key[:2] for key in remembered._FOLLOWED}

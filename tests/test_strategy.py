@@ -169,7 +169,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Callable[[], dict[str, d
 def test_rates_are_measured_once_and_kept(cache, monkeypatch: pytest.MonkeyPatch) -> None:
     first = sw.calibrate("cpu", torch.float32)
     assert min(first.product, first.convolution, first.memory) > 1e6
-    assert list(cache().values()) == [vars(first)]
+    assert list(cache().values()) == [first._asdict()]
     strategy._MEASURED.clear()
     monkeypatch.setattr(strategy, "_measure", lambda *_: pytest.fail("measured twice"))
     assert sw.calibrate("cpu", torch.float32) == first
@@ -198,7 +198,7 @@ def test_a_broken_cache_is_measured_anew(cache, tmp_path, text: str) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "rates.json").write_text(text)
     found = sw.calibrate("cpu", torch.float32)
-    assert vars(found) in cache().values()
+    assert found._asdict() in cache().values()
 
 
 def test_without_a_place_to_write_rates_stay_in_memory(cache, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -112,6 +112,11 @@ class Axis:
         groups = [f"{self.outer} blocks of all samples"] * (self.outer > 1) + [f"{self.inner} rows each"] * (self.inner > 1)
         return f"samples on axis {self.dim}" + (f" ({', '.join(groups)})" if groups else "")
 
+    @property
+    def leads(self) -> bool:
+        """Whether a tensor with these rows is what `rows` makes of it."""
+        return self.dim == 0 and self.outer == 1 and self.ragged is None
+
     def at(self, dim: int) -> "Axis":
         """The same samples on another axis."""
         return self if dim == self.dim else replace(self, dim=dim)

@@ -36,10 +36,14 @@ class Slot:
 
     place: int | Tensor  # among the saved tensors, or a meta tensor for a value the rule does not need
     axis: Axis | None
+    # whether the rule takes the tensor as it is
+    straight: bool
 
     def filled(self, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Tensor:
         """The tensor as the rule sees it."""
         tensor = saved[self.place] if isinstance(self.place, int) else self.place
+        if self.straight:
+            return tensor
         own = tensor.dtype
         if own is not dtype and own.is_floating_point:
             # under autocast an op computes in another type than its arguments have
@@ -130,18 +134,30 @@ def tap(
     out = no_view(out) if isinstance(out, Tensor) else swapped(out, {id(x): no_view(x) for x in tensors_in(out)})
     outs = [out] if isinstance(out, Tensor) else [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
     places, own = [placed(recording, call, x, shared) for x in outs], {id(x) for x in shared}
+    # that of the gradients to come
+    dtypes = {x.dtype for x in outs}
     wanted = [(name, k, x) for name, k, x in slots if id(x) in own]
     needed = rule.saved_for({name for name, _, _ in wanted}) | set(rule.saved_for_back if input is not None else ())
-    plain, held, saved = _held(recording, arguments, slots, needed, axes)
+    plain, held, saved = _held(recording, arguments, slots, needed, axes, dtypes)
     sources = [source_of(recording, x) for *_, x in wanted]
     back = None if input is None else tuple(held[name].place for name in rule.saved_for_back if name in held)
+    straight = {name: slot for name, slot in held.items() if isinstance(slot, Slot) and slot.straight}
     decision = Decision(
-        call.name, call.n, rule, [(name, k) for name, k, _ in wanted], held, places, back, keeps_out="out" in needed
+        call.name,
+        call.n,
+        rule,
+        [(name, k) for name, k, _ in wanted],
+        {name: slot.place for name, slot in straight.items() if isinstance(slot.place, int)},
+        {name: slot.place for name, slot in straight.items() if isinstance(slot.place, Tensor)},
+        {name: value for name, value in held.items() if name not in straight},
+        places,
+        back,
+        keeps_out="out" in needed,
     )
     awaited = Awaited(decision, plain, sources)
     tapped = awaited.tap(recording, outs, saved, input)
     if isinstance(out, Tensor) and not decision.keeps_out:
-        _remember(recording, call, awaited, len(saved))
+        _remember(recording, call, awaited, held, len(saved))
     return tapped[0] if isinstance(out, Tensor) else swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
@@ -154,13 +170,26 @@ class Decision:
     rule: Rule
     # the arguments with a gradient, with their places in a list
     wanted: Sequence[tuple[str, int | None]]
-    # slots for the arguments with tensors
+    # where the tensor arguments are, among what is saved, that the rule takes as they are
+    kept: Mapping[str, int]
+    # those whose values it does not need
+    stand_ins: Mapping[str, Tensor]
+    # slots for the other arguments with tensors
     slots: Mapping[str, Any]
     # where the samples are in each result
     places: Sequence[Axis]
     # where the rule's own backward finds what it needs among what is saved; None where torch's is taken
     back: tuple[int, ...] | None
     keeps_out: bool
+
+    def filled(self, saved: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments with tensors."""
+        filled: dict[str, Any] = dict(self.stand_ins)
+        for name, place in self.kept.items():
+            filled[name] = saved[place]
+        for name, value in self.slots.items():
+            filled[name] = _filled(value, saved, self.n, dtype)
+        return filled
 
 
 class Awaited:
@@ -200,16 +229,18 @@ class Awaited:
         results: list[Tensor | None] = [None] * len(places)
         if decided.keeps_out:
             results = [axis.rows(x, n) for x, axis in zip(saved[-len(places) :], places, strict=True)]
-        dtype = next(g.dtype for g in grads if g is not None)
-        filled = {name: _filled(value, saved, n, dtype) for name, value in decided.slots.items()}
+        first = grads[0] if grads[0] is not None else next(g for g in grads if g is not None)
         given = (rows[0], results[0]) if len(places) == 1 else (rows, results)
         try:
-            found = decided.rule.function(*given, **self.plain, **filled)
+            found = decided.rule.function(*given, **self.plain, **decided.filled(saved, first.dtype))
         except NotImplementedError as error:
             raise UnsupportedOpError(f"{error} (parameter {self._names()})") from error
+        factors = [
+            _checked(decided.op, found, name, k, source) for (name, k), source in zip(decided.wanted, self.sources, strict=True)
+        ]
         return [
-            (source, use, _checked(decided.op, found, name, k, source).regroup(n))
-            for (name, k), source, use in zip(decided.wanted, self.sources, self.uses, strict=True)
+            (source, use, factor if factor.n == n else factor.regroup(n))
+            for source, use, factor in zip(self.sources, self.uses, factors, strict=True)
         ]
 
     def input_grad(self, grad: Tensor, saved: Sequence[Tensor]) -> Tensor:
@@ -252,22 +283,22 @@ def meeting_before(recording: Recorder, op: Operation, args: tuple[Any, ...], n:
 
 def meet_again(recording: Recorder, func: Function, meeting: Meeting, args: tuple[Any, ...]) -> Any:
     """Run a call whose like was decided before."""
-    values, rule = list(args), meeting.decision.rule
+    values, sources = list(args), list[Source]()
     for k in meeting.shared:
         values[k] = args[k].detach()
-    out, statistics = _run(func, rule, values, {}, graph=meeting.led_to is None)
+        sources.append(recording.sources[id(args[k])])
+    out, statistics = _run(func, meeting.decision.rule, values, {}, graph=meeting.led_to is None)
     saved = [values[k] for k in meeting.saved]
     if meeting.statistics:
         saved += statistics[: meeting.statistics]
-    sources = [recording.sources[id(args[k])] for k in meeting.shared]
     awaited = Awaited(meeting.decision, {name: args[k] for name, k in meeting.plain}, sources)
     return awaited.tap(recording, [no_view(out)], saved, None if meeting.led_to is None else args[meeting.led_to])[0]
 
 
-def _remember(recording: Recorder, call: Call, awaited: Awaited, saved: int) -> None:
+def _remember(recording: Recorder, call: Call, awaited: Awaited, held: Mapping[str, Any], saved: int) -> None:
     """Keep what was decided, if all that decided it is in the key."""
     decision = awaited.decision
-    rule, held, (place,) = decision.rule, decision.slots, decision.places
+    rule, (place,) = decision.rule, decision.places
     plain_place = place.ragged is None and place.chosen is None
     if call.kwargs or RULES.get(call.name) is not rule or recording.create_graph or not plain_place:
         return
@@ -293,17 +324,19 @@ def _held(
     tensors: Slots,
     needed: set[str],
     axes: Mapping[int, Axis],
+    dtypes: set[torch.dtype],
 ) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
     """A rule's arguments without tensors, the others with slots for them, and what has to be saved; parameters detached."""
     saved: list[Tensor] = []
     slots: dict[int, Slot] = {}
     for name, _, x in tensors:
         axis = axes.get(id(x))
+        straight = dtypes == {x.dtype} and not x.is_complex() and (axis is None or axis.leads)
         if name in needed:
-            slots[id(x)] = Slot(len(saved), axis)
+            slots[id(x)] = Slot(len(saved), axis, straight)
             saved.append(x if axis is not None else seen(recording, x))
         elif id(x) not in slots:
-            slots[id(x)] = Slot(_stand_in(x.shape, x.stride(), x.dtype), axis)
+            slots[id(x)] = Slot(_stand_in(x.shape, x.stride(), x.dtype), axis, straight)
     names = {name for name, _, _ in tensors}
     plain = {name: value for name, value in arguments.items() if name not in names}
     held = {name: swapped(value, slots) for name, value in arguments.items() if name in names}
@@ -317,9 +350,9 @@ def _stand_in(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def _filled(value: Any, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_filled(item, saved, n, dtype) for item in value)
-    return value.filled(saved, n, dtype) if isinstance(value, Slot) else value
+    if isinstance(value, Slot):
+        return value.filled(saved, n, dtype)
+    return type(value)([_filled(item, saved, n, dtype) for item in value]) if isinstance(value, list | tuple) else value
 
 
 def no_view(out: Tensor) -> Tensor:

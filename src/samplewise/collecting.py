@@ -194,7 +194,7 @@ class Collector:
     def add(self, source: Source, factor: Factor, uses: Uses) -> None:
         """Take the factor of one use."""
         self.empty = False
-        key, name = source.key, next(iter(source.names))
+        name = next(iter(source.names))
         if not self._consumed.isdisjoint(source.names):
             self._refuse_late(source.names & self._consumed)
         if self.parameters[name].is_complex():
@@ -203,31 +203,51 @@ class Collector:
         if self.consume is None:
             for use in uses:
                 use.structure, use.algorithm = factor.structure, factor.algorithm
-        arrived = self._arrived.get(key)
-        if arrived is None:
-            arrived = self._arrived[key] = Arrived(source)
+        expected = self._expected.get(name) if source.edge is None else None
+        if self.consume is not None and expected == 1:
+            # the only use of a parameter, of which nothing has to be kept
+            self._consume(self.consume, name, factor)
+            return
+        arrived = self._arrived.setdefault(source.key, Arrived(source))
         arrived.factors.append(factor)
-        last = source.edge is None and len(arrived.factors) == self._expected.get(name)
-        if self.consume is None or not last:
+        if len(arrived.factors) != expected:
             arrived.hold(factor)
-        if last:
-            self._complete(name, arrived)
+        elif self.consume is not None:
+            self._refuse_changed(arrived)
+            del self._arrived[source.key]
+            self._consume(self.consume, name, add(arrived.factors))
+        else:
+            arrived.hold(factor)
+            self._keep(name, arrived)
 
-    def _complete(self, name: str, arrived: Arrived) -> None:
-        """A parameter's last use has arrived."""
+    def _consume(self, consume: Callable[[str, Factor], None], name: str, factor: Factor) -> None:
+        """Hand on the gradient of a parameter whose last use has arrived."""
+        self._consumed.add(name)
+        consume(name, self._stored(factor))
+
+    def _keep(self, name: str, arrived: Arrived) -> None:
+        """Keep the gradient of a parameter whose last use has arrived."""
         factor = add(arrived.factors)
-        if self.store is not None and not self.create_graph and self.store.worth(factor):
-            factor = self.store.kept(factor)
-            arrived = Arrived(arrived.source, [factor])
-            arrived.hold(factor)
-            self._arrived[arrived.source.key] = arrived
-            for use in self.uses if self.consume is None else ():
+        stored = self._stored(factor)
+        if stored is not factor:
+            arrived.factors, arrived.held = [stored], []
+            arrived.hold(stored)
+            for use in self.uses:
                 if use.parameter == name:
                     use.algorithm = "store"
-        if self.consume is not None:
-            del self._arrived[arrived.source.key]
-            self._consumed.add(name)
-            self.consume(name, factor)
+
+    def _stored(self, factor: Factor) -> Factor:
+        """A factor, or the gradients themselves in its place where that is leaner."""
+        if self.store is None or self.create_graph or not self.store.worth(factor):
+            return factor
+        return self.store.kept(factor)
+
+    def _refuse_changed(self, *arrived: Arrived) -> None:
+        if any(one.changed for one in arrived):
+            raise SamplewiseError(
+                "record: a tensor that the gradients are made of (an input of the model, perhaps) was changed in place after the "
+                "backward had used it. Ask for the quantities first, or give the recording a copy."
+            )
 
     def _refuse_late(self, late: frozenset[str]) -> None:
         raise SamplewiseError(
@@ -248,11 +268,7 @@ class Collector:
         Raises:
             SamplewiseError: If a tensor that the gradients are made of was changed in place since the backward.
         """
-        if any(arrived.changed for arrived in self._arrived.values()):
-            raise SamplewiseError(
-                "record: a tensor that the gradients are made of (an input of the model, perhaps) was changed in place after the "
-                "backward. Ask for the quantities first, or give the recording a copy."
-            )
+        self._refuse_changed(*self._arrived.values())
         opaque = self._opaque()
         terms: dict[str, list[Factor]] = {}
         for arrived in self._arrived.values():

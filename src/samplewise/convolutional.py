@@ -40,7 +40,7 @@ class Convolution(Factor):
     def n(self) -> int:
         return self.grad.shape[0]
 
-    @functools.cached_property
+    @property
     def geometry(self) -> Geometry:
         """All but the samples."""
         settings = (self.stride, self.padding, self.dilation, self.groups)

@@ -5,9 +5,9 @@ Every quantity has a dense default, so that a new factor is right before it is f
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Size, Tensor
@@ -18,15 +18,15 @@ _PIECE = 4096
 HALF = frozenset({torch.float16, torch.bfloat16})
 
 
-class Factor(ABC):
+class Factor:
     """Stands for a tensor `(n, *shape)`. Only `n`, `shape`, `regroup` and `to_dense` have no default."""
 
     shape: Size
 
     @property
-    @abstractmethod
     def n(self) -> int:
         """The number of samples."""
+        _lacking(self, "n")
 
     @property
     def structure(self) -> str:
@@ -38,13 +38,13 @@ class Factor(ABC):
         """How norms are found, for the coverage report: from the gradients themselves, "dense", unless said otherwise."""
         return "dense"
 
-    @abstractmethod
-    def regroup(self, n: int) -> "Factor":
+    def regroup(self, n: int) -> "Factor":  # noqa: ARG002
         """The same with consecutive rows joined into `n` samples: the gradient of a sample is the sum over its rows."""
+        _lacking(self, "regroup")
 
-    @abstractmethod
     def to_dense(self) -> Tensor:
         """The gradients themselves, `(n, *shape)`."""
+        _lacking(self, "to_dense")
 
     def write(self, out: Tensor) -> Tensor:
         """Write the gradients themselves into `out`, `(n, *shape)`; returns it."""
@@ -80,6 +80,12 @@ class Factor(ABC):
         """`sum over shape of grad[n] matrix[k]`, `(n, k)`; `matrix` is `(k, *shape)`."""
         dense = wide(self.to_dense())
         return flat(dense) @ flat(wide(matrix).to(dense.dtype)).T
+
+
+def _lacking(factor: Factor, name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{type(factor).__name__}: a factor has a `shape` and defines `n`, `regroup` and `to_dense`; this one lacks `{name}`."
+    )
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ class Joined:
         """Take the factor of a parameter, if it is a small one. With a graph each stays by itself: parts cannot be changed in place."""
         if torch.is_grad_enabled() or not isinstance(factor, Dense):
             return False
-        most = _SMALL if factor.grad.device.type == "cpu" else _SMALL_ELSEWHERE
-        if factor.grad.numel() > most or not factor.grad.is_floating_point():
+        grad = factor.grad
+        if grad.numel() > (_SMALL if grad.device.type == "cpu" else _SMALL_ELSEWHERE) or not grad.is_floating_point():
             return False
-        self._groups.setdefault((factor.grad.device, factor.grad.dtype), {})[name] = factor.grad
+        self._groups.setdefault((grad.device, grad.dtype), {})[name] = grad
         return True
 
     def sq_norms(self) -> list[Tensor]:

@@ -30,7 +30,7 @@ from .ownership import of_base, written
 from .registry import EXPANSIONS, RULES, Operation, operation
 from .remembered import CONSTANT, key_of, recall, remember
 from .running import accumulates, in_backward, in_transform, modes, unrecorded, unwrapped
-from .sample_axis import EXPANDS, KEEPS, MOVES, TURNS, follow, refuse_mixing
+from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
 from .strategy import Strategy, prepare, using
 from .sums import Store
 from .taps import Factors, Grads, unseen_leaves
@@ -293,8 +293,8 @@ class Recording(TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
-        key = None if self.n is None or op.inplace else key_of(op.name, self.n, args, kwargs, self.kind)
-        out = self._like_before(func, op, args, kwargs, key)
+        key = None if self.n is None else key_of(op, self.n, args, kwargs, self.kind)
+        out = self._like_before(func, args, kwargs, key)
         if out is not NotImplemented:
             return out
         target, told = (args[0] if op.inplace and args and isinstance(args[0], Tensor) else None), args
@@ -328,25 +328,24 @@ class Recording(TorchFunctionMode):
                 self.collector.expect_hidden(self._names(shared))
         if not outside:
             self._mark(op, call, out, shared, target)
-            if key is not None and "out" not in kwargs:
+            # an in-place op that is remembered leaves its target what it was
+            if key is not None and "out" not in kwargs and (target is None or call.known[id(target)] == self.where(target)):
                 remember(key, [self.kind(x) for x in call.results])
         return out
 
     def _like_before(
-        self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], key: Hashable | None
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], key: Hashable | None
     ) -> Any:
         """Run a call that is like an earlier one, of which everything is known; NotImplemented for any other."""
         known = recall(key)
-        if known is not None:
-            out = func(*args, **kwargs)
-            for x, kind in zip([out] if isinstance(out, Tensor) else tensors_in(out), known, strict=True):
-                # an operand given back as it is keeps what was said of it
-                if self._kinds.get(x) is None:
-                    self.declare(x, kind)  # type: ignore[arg-type]
-            return out
-        # `relu_` and its like: every entry stays where it is
-        alone = op.inplace and op.name in KEEPS and len(args) == 1 and not kwargs
-        return func(*args) if alone and type(self.kind(args[0])) is Axis else NotImplemented
+        if known is None:
+            return NotImplemented
+        out = func(*args, **kwargs)
+        for x, kind in zip([out] if isinstance(out, Tensor) else tensors_in(out), known, strict=True):
+            # an operand given back as it is keeps what was said of it
+            if self._kinds.get(x) is None:
+                self.declare(x, kind)  # type: ignore[arg-type]
+        return out
 
     def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
         """Note what the results, or the targets of an in-place op, are now."""
@@ -430,30 +429,33 @@ class Recording(TorchFunctionMode):
 
     def aside(self) -> AbstractContextManager[None]:
         """Our own arithmetic by this recording's strategy, with a graph if its results are to be differentiated again."""
-        return using(self.strategy, unrecorded(graph=self.create_graph))
+        return using(self.strategy, graph=self.create_graph)
 
     def collected(self) -> dict[str, Factor]:
         """One factor per parameter that the loss reached."""
         with self.aside():
             return self.collector.factors()
 
-    def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
-        """Take the factors that a tap makes of its gradients."""
-        if all(grad is None for grad in grads) or not self.belongs():
+    def awaits(self, grads: Grads) -> bool:
+        """Whether gradients that reach a tap are to be collected."""
+        if (grads[0] is None and all(grad is None for grad in grads)) or not self.belongs():
             # its result may enter the losses, past every tap
             self._differentiated = self._differentiated or torch.is_grad_enabled()
-            return
+            return False
         if not self._open:
             raise SamplewiseError(
                 "backward: it runs through a recording that is closed, so its per-sample gradients would be lost. Call "
                 "`rec.backward(losses)` inside the `with record(...)` block."
             )
-        with self.aside():
-            if self.loss_reduction == "mean" and not self._from_losses:
-                grads = [None if grad is None else grad * (self.n or 0) for grad in grads]
-            # detached: factors that are kept must not keep the graph, which holds the recording
-            for source, uses, factor in factors(grads, saved if self.create_graph else [x.detach() for x in saved]):
-                self.collector.add(source, factor, uses)
+        return True
+
+    def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
+        """Take the factors that a tap makes of its gradients."""
+        if self.loss_reduction == "mean" and not self._from_losses:
+            grads = [None if grad is None else grad * (self.n or 0) for grad in grads]
+        # detached: factors that are kept must not keep the graph, which holds the recording
+        for source, uses, factor in factors(grads, saved if self.create_graph else [x.detach() for x in saved]):
+            self.collector.add(source, factor, uses)
 
     def _check_create_graph(self) -> None:
         """Only `rec.backward` collects; afterwards, what was made of the gradients may be differentiated as ever."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .axes import Axis
 from .collecting import Shared
-from .sample_axis import SHAPED, SHAPED_ALONE
+from .registry import Operation
+from .sample_axis import KEEPS, SHAPED, SHAPED_ALONE
 
 CONSTANT = "constant"
 # More than a model has; with shapes that never come back memory must not grow.
@@ -17,15 +18,17 @@ _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device
 _FOLLOWED: dict[Hashable, tuple[object, ...]] = {}
 
 
-def key_of(name: str, n: int, args: Sequence[Any], kwargs: dict[str, Any], kind: Callable[[Tensor], object]) -> Hashable | None:
+def key_of(
+    op: Operation, n: int, args: Sequence[Any], kwargs: dict[str, Any], kind: Callable[[Tensor], object]
+) -> Hashable | None:
     """All that decides where the samples of a call's results are, or None where more than shapes and plain patterns does.
 
     Values go with their types: True equals 1, but `x.std(True)` is over everything; tensors too: `x.view(dtype)` may change the shape.
     """
-    several = name in SHAPED
-    if not several and name not in SHAPED_ALONE:
+    several = op.name in (KEEPS if op.inplace else SHAPED)
+    if not several and (op.inplace or op.name not in SHAPED_ALONE):
         return None
-    parts: list[Any] = [name, n]
+    parts: list[Any] = [op.name, op.inplace, n]
     count = _describe(args, kind, parts)
     if kwargs and count >= 0:
         parts += kwargs
@@ -46,12 +49,13 @@ def key_of_meeting(
             if what is None:
                 return None
             if not count:
-                parts.append(torch.is_autocast_enabled(value.device.type))
+                device = value.device.type
+                parts.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
             parts += (what, value.shape, value.stride(), value.dtype, value.requires_grad)
             count += 1
         elif type(value) in _PLAIN:
             parts += (type(value), value)
-        elif isinstance(value, tuple | list) and _PLAIN.issuperset(map(type, value)):
+        elif isinstance(value, (tuple, list)) and _PLAIN.issuperset(map(type, value)):
             parts += (*map(type, value), tuple(value))
         else:
             return None
@@ -85,7 +89,7 @@ def _describe(values: Sequence[Any], kind: Callable[[Tensor], object], parts: li
 def _plain_kind(value: Tensor, kind: object, parameters: Container[int]) -> object:
     """A kind that says all there is to know: a plain pattern of samples, a constant, one of the parameters; else None."""
     if isinstance(kind, Axis):
-        return kind if kind.ragged is None and kind.chosen is None else None
+        return (kind.dim, kind.outer, kind.inner) if kind.ragged is None and kind.chosen is None else None
     if isinstance(kind, Shared):
         return Shared if id(value) in parameters else None
     # a number given as a tensor may be an axis, and its value would count

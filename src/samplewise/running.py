@@ -1,5 +1,6 @@
 """What torch is doing in this thread: modes, transforms, a backward; and how our own arithmetic stays out of all that."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -50,7 +51,7 @@ class unrecorded:  # noqa: N801  (used as torch.no_grad is)
         self._functions.__enter__()
         self._before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(self._graph)  # noqa: SLF001
-        self._casts = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        self._casts = _without_autocast() if torch._C._is_any_autocast_enabled() else ()  # noqa: SLF001
         for cast in self._casts:
             cast.__enter__()
 
@@ -60,6 +61,10 @@ class unrecorded:  # noqa: N801  (used as torch.no_grad is)
             cast.__exit__(kind, error, trace)
         torch._C._set_grad_enabled(self._before)  # noqa: SLF001
         self._functions.__exit__(kind, error, trace)
+
+
+def _without_autocast() -> Sequence[torch.autocast]:
+    return [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
 
 
 def in_backward() -> bool:

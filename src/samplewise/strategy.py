@@ -5,16 +5,17 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .products import bmm, has_onednn, onednn_linear, operands
+from .running import unrecorded
 
 STRATEGIES = ("auto", "gram", "tile", "store")
 # Gradients that stay below it in all are stored whenever that saves time; larger ones only where it saves memory too.
@@ -53,27 +54,24 @@ def current() -> Strategy:
     return _CURRENT.get()
 
 
-class using:  # noqa: N801  (used as torch.no_grad is)
-    """Compute quantities by one strategy, inside another context if one is given."""
+class using(unrecorded):  # noqa: N801  (used as torch.no_grad is)
+    """Our own arithmetic by one strategy."""
 
-    def __init__(self, strategy: Strategy, inside: AbstractContextManager[None] | None = None) -> None:
-        self._strategy, self._inside = strategy, inside
+    def __init__(self, strategy: Strategy, *, graph: bool = False) -> None:
+        self._strategy, self._graph = strategy, graph
 
     def __enter__(self) -> None:
         """Choose it."""
-        if self._inside is not None:
-            self._inside.__enter__()
+        super().__enter__()
         self._token = _CURRENT.set(self._strategy)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Choose the one before."""
         _CURRENT.reset(self._token)
-        if self._inside is not None:
-            self._inside.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """What a device does in a second."""
 
     # flop/s of batched matrix products
@@ -104,7 +102,7 @@ def rates(like: Tensor) -> Rates:
         return found
     typical = _UNMEASURED.get(like.device.type, _UNMEASURED["cpu"])
     if like.device.type == "cuda" and like.dtype in {torch.float16, torch.bfloat16}:
-        return replace(typical, product=_HALF_SPEEDUP * typical.product)
+        return typical._replace(product=_HALF_SPEEDUP * typical.product)
     return typical
 
 
@@ -245,7 +243,7 @@ def _write(name: str, found: Rates) -> None:
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_text(json.dumps({key: asdict(value) for key, value in {**_read(), name: found}.items()}, indent=1))
+        part.write_text(json.dumps({key: value._asdict() for key, value in {**_read(), name: found}.items()}, indent=1))
         part.replace(file)
     except (OSError, RuntimeError):
         return

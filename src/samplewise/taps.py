@@ -24,8 +24,11 @@ class Collects(Protocol):
     # whether the gradients are to be differentiated again
     create_graph: bool
 
+    def awaits(self, grads: Grads) -> bool:
+        """Whether the backward that brings these gradients belongs to the recording."""
+
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
-        """Take the factors, if this backward belongs to the recording."""
+        """Take the factors."""
 
     def aside(self) -> AbstractContextManager[None]:
         """Arithmetic that no recording sees."""
@@ -82,14 +85,14 @@ class Tap(torch.autograd.Function):
         """Collect, and pass the gradients through."""
         recording, back, saved = ctx.recording, ctx.back, ctx.saved_tensors
         _refuse_second(recording)
-        recording.collect(ctx.factors, grads, saved)
-        if back is None:
-            return None, None, None, None, None, None, *grads, *[None] * len(saved)
-        passed = None
-        if ctx.needs_input_grad[3] and grads[0] is not None:
-            with recording.aside():
+        awaited, passed = recording.awaits(grads), None
+        with recording.aside():
+            if awaited:
+                recording.collect(ctx.factors, grads, saved)
+            if back is not None and ctx.needs_input_grad[3] and grads[0] is not None:
                 passed = back(grads[0], saved)
-        return None, None, None, passed, None, None, *[None] * (len(grads) + len(saved))
+        through = grads if back is None else [None] * len(grads)
+        return None, None, None, passed, None, None, *through, *[None] * len(saved)
 
 
 # `apply` without the look for what transforms of torch.func left behind: none runs where a recording is active
@@ -114,8 +117,11 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Collect; only a derivative of what was collected goes further."""
-        _refuse_second(ctx.recording)
-        ctx.recording.collect(ctx.factors, (grad,), ())
+        recording = ctx.recording
+        _refuse_second(recording)
+        if recording.awaits((grad,)):
+            with recording.aside():
+                recording.collect(ctx.factors, (grad,), ())
         return None, None, None, grad if ctx.needs_input_grad[3] else None
 
 

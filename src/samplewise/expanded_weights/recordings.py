@@ -55,9 +55,8 @@ class LateRecording(Recording):
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors, and see to it that they are written when this backward ends."""
-        if self.belongs():
-            self.begin()
-            super().collect(factors, grads, saved)
+        self.begin()
+        super().collect(factors, grads, saved)
 
     def take(self, tensor: Tensor, rows: Tensor) -> None:
         """Take gradients `(n, *shape)` of a shared tensor that somebody else made."""

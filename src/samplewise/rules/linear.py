@@ -130,7 +130,7 @@ def _bias(g: Tensor, bias: Tensor | None) -> Dense:
     """`sum_t g[n,t,o]`."""
     assert bias is not None
     if g.shape[2] == 1 and bias.shape == g.shape[3:]:
-        return Lent(g[:, 0, 0])
+        return Lent(g.flatten(1))
     return Dense(_totals(g, bias))
 
 
