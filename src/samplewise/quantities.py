@@ -11,7 +11,7 @@ from . import rules as _rules  # noqa: F401  (fills the tables)
 from .axes import Axis, Lost
 from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
-from .factors import Dense, Factor, wide
+from .factors import Factor, wide
 from .joined import Joined
 from .projections import GaussianProjection
 from .recording import DECLARED_CONSTANT, Recording
@@ -385,11 +385,14 @@ def check_limit(max_grad_norm: float) -> None:
 
 def total_norms(squares: list[Tensor], n: int, like: Tensor) -> Tensor:
     """The norm over all parameters from the squared norms of some of them at a time."""
-    return root(_total(squares, Dense(like.new_zeros(n, 1)).sq_norms()))
+    return root(torch.stack(squares or [like.new_zeros(n)]).sum(0))
 
 
 def root(squares: Tensor) -> Tensor:
     """The square root, with derivative zero at zero as a norm has it."""
+    if not torch.is_grad_enabled():
+        # inner products of positions may leave a little less than zero
+        return squares.clamp_min(0).sqrt()
     positive = squares > 0
     return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
 

@@ -210,7 +210,8 @@ class Recording(TorchFunctionMode):
                 f"{type(self.model).__name__}: this recording already holds the gradients of a batch, and rows of two batches "
                 "are never added. Open a new recording for each batch, or run all forwards before the backward."
             )
-        given = tree_leaves((args, kwargs), is_leaf=is_packed)
+        tensors_alone = not kwargs and all(type(x) is Tensor for x in args)
+        given = args if tensors_alone else tree_leaves((args, kwargs), is_leaf=is_packed)
         inputs, packed = [x for x in given if isinstance(x, Tensor)], [x for x in given if is_packed(x)]
         if self.n is None:
             self.n = common_size(self.model, inputs, packed, self.batch_dim)
@@ -423,8 +424,7 @@ class Recording(TorchFunctionMode):
                 "it depends on the parameters was not seen. Take it before the recording, or use a loop over samples."
             )
         for loss in [losses] if isinstance(losses, Tensor) else losses:
-            names = [self._names_of[id(leaf)] for leaf in unseen_leaves(loss) if id(leaf) in self._names_of]
-            if names:
+            if names := [self._names_of[id(leaf)] for leaf in unseen_leaves(loss) if id(leaf) in self._names_of]:
                 raise UnsupportedOpError(f"{', '.join(sorted(names))}: {UNSEEN}")
 
     def aside(self) -> AbstractContextManager[None]:
@@ -466,8 +466,8 @@ class Recording(TorchFunctionMode):
 
     def refuse_new_parameters(self) -> None:
         """Refuse what became trainable after the recording began, whose gradient would be missing."""
-        held = (p for module in self._modules for p in module._parameters.values() if p is not None)  # noqa: SLF001
-        if any(p.requires_grad and id(p) not in self._names_of for p in held):
+        held = [p for module in self._modules for p in module._parameters.values()]  # noqa: SLF001
+        if any(p is not None and id(p) not in self._names_of and p.requires_grad for p in held):
             new = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in self._names_of]
             raise UnsupportedOpError(
                 f"backward: {', '.join(new)} was unfrozen, added or replaced inside the recording, which did not see its uses before. Do "

@@ -10,6 +10,8 @@ from samplewise.buffers import scratch
 from samplewise.factors import HALF, Dense
 from samplewise.registry import rule
 
+_WIDE = frozenset({torch.float32, torch.float64})
+
 
 def _layer_norm(
     input: Tensor,
@@ -113,9 +115,9 @@ def group_norm(
 
 def _keeps_statistics(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, half: bool = False) -> bool:
     """Whether the op may be run so that it gives its statistics: as ever on a CPU or GPU, and not to be differentiated again."""
-    casts = torch.is_autocast_enabled(input.device.type) or not (half or input.dtype in {torch.float32, torch.float64})
-    attached = any(x is not None and x.requires_grad for x in (weight, bias))
-    return not casts and not attached and input.numel() > 0 and all(x is None or x.dtype == input.dtype for x in (weight, bias))
+    if torch.is_autocast_enabled(input.device.type) or not (half or input.dtype in _WIDE) or not input.numel():
+        return False
+    return all(x is None or (x.dtype == input.dtype and not x.requires_grad) for x in (weight, bias))
 
 
 @rule(torch.instance_norm, saves={"weight": ["input", "running_mean", "running_var"], "bias": []})
