@@ -147,16 +147,23 @@ def after_the_recording(backward):
     return trigger
 
 
-def changed_within_the_backward():
-    """One use has arrived, and the other is to come."""
+@torch.library.custom_op("samplewise_tests::scaled_into", mutates_args={"into"})
+def scaled_into(x: Tensor, scale: Tensor, into: Tensor) -> Tensor:
+    """An op of somebody else."""
+    into.copy_(x * scale)
+    return x * scale
+
+
+def changed_within_the_backward(*, other=False):
+    """One use has arrived, and perhaps the other is to come."""
 
     def forward(self, b):
         inner = b @ self.w
         outer = inner.sin()
         inner.register_hook(lambda _: [None, outer.detach().zero_()][0])
-        return outer @ self.w
+        return outer @ (self.v if other else self.w)
 
-    return sw.per_sample_norms(Net(forward, w=x(D, D)), squares, x())
+    return Net(forward, w=x(D, D), v=x(D, D)), squares, x()
 
 
 class Unfinished(Factor):
@@ -312,6 +319,7 @@ class Case:
     kind: type[Exception] = sw.SamplewiseError
 
 
+CHANGED = "changed in place after the backward"
 TOGETHER, WHERE = "Keep the samples apart", r"in '[\w.]+' \(test_messages.py, line \d+\)"
 AXES = {"found": r"\(3, .* with samples on axis \d.* and \(3, .* with samples on axis \d", "remedy": r"rec.constant\(tensor\)"}
 
@@ -531,6 +539,13 @@ CASES: dict[str, Case] = {
     "mixing.mix: out": Case(
         net(lambda self, b: torch.add(b, self.w, out=torch.empty(N, D).double())), "^add: ", "`out=`", "Use the result", "'w'"
     ),
+    "fallback.fall_back: writes to an argument": Case(
+        net(lambda self, b: scaled_into(self.inner(b), self.w, torch.zeros(N, 2).double()), inner=linear(), w=x(2)),
+        r"samplewise_tests::scaled_into|samplewise_tests.scaled_into",
+        "writes to into",
+        "`samplewise.rule`",
+        "w",
+    ),
     "fallback.fall_back: forbidden": Case(
         net(lambda self, b: torch.cdist(b, self.codes), codes=x(5, D), options={"fallback": "error"}),
         "^cdist: ",
@@ -648,9 +663,7 @@ CASES: dict[str, Case] = {
     "recording.Recording._check_create_graph: a reduced loss": Case(
         uncollected, "^backward: ", "create_graph=True", r"rec.backward\(losses\)"
     ),
-    "recording.Recording.refuse_new_parameters: unfrozen": Case(
-        unfrozen, "^backward: ", "was unfrozen", "before `record`", "bias"
-    ),
+    "attaching.refuse_new_parameters: unfrozen": Case(unfrozen, "^backward: ", "was unfrozen", "before `record`", "bias"),
     "mixing._refusal: a reduced loss": Case(
         reduced(lambda model, batch: squares(model, batch).sum(), Net(lambda self, b: self.inner(b.cumsum(0)), inner=linear())),
         "^linear: ",
@@ -658,14 +671,14 @@ CASES: dict[str, Case] = {
         TOGETHER,
         "'inner.weight'",
     ),
-    "recording.Recording._check_losses: not linear": Case(
+    "attaching.refuse_loss: not linear": Case(
         reduced(lambda model, batch: squares(model, batch).sum().square()),
         "^backward: ",
         "no plain sum or mean",
         "Keep one loss per sample",
         kind=sw.MixedSamplesError,
     ),
-    "recording.Recording._check_losses: a weighted mean": Case(
+    "attaching.refuse_loss: a weighted mean": Case(
         reduced(
             lambda model, batch: F.cross_entropy(model(batch), torch.tensor([0, 1, -100])),
             loss_reduction="mean",
@@ -675,7 +688,7 @@ CASES: dict[str, Case] = {
         "reduction='none'",
         kind=sw.MixedSamplesError,
     ),
-    "recording.Recording._check_losses: no samples": Case(
+    "attaching.refuse_loss: no samples": Case(
         reduced(lambda model, batch: (model(batch), model.weight.square().sum())[1]),
         "^backward: ",
         "does not depend on the samples",
@@ -721,11 +734,20 @@ CASES: dict[str, Case] = {
     "factors._lacking: a method": Case(
         lambda: Unfinished().sq_norms(), "^Unfinished: ", "lacks `to_dense`", "defines `n`, `regroup`", kind=NotImplementedError
     ),
-    "collecting.Collector._refuse_changed: within the backward": Case(
-        changed_within_the_backward, "^record: ", "changed in place after the backward", "give the recording a copy"
+    "collecting.Held.refuse_changed: between two uses": Case(
+        lambda: sw.per_sample_norms(*changed_within_the_backward()), "^record: ", CHANGED, "give the recording a copy"
     ),
-    "collecting.Collector._refuse_changed: an input": Case(
-        changed_after_the_backward, "^record: ", "changed in place after the backward", "give the recording a copy"
+    "collecting.Held.refuse_changed: between two uses, kept": Case(
+        lambda: run(*changed_within_the_backward()[::2]).grads(), "^record: ", CHANGED, "give the recording a copy"
+    ),
+    "collecting.Held.refuse_changed: before the sums": Case(
+        lambda: sw.clipped_grads(*changed_within_the_backward(other=True), max_grad_norm=1.0),
+        "^record: ",
+        CHANGED,
+        "give the recording a copy",
+    ),
+    "collecting.Held.refuse_changed: an input": Case(
+        changed_after_the_backward, "^record: ", CHANGED, "give the recording a copy"
     ),
     "quantities.Record.norms: by": Case(
         quantity(lambda rec: rec.norms(by="layer")), "^norms: ", "got 'layer'", "None or 'parameter'", kind=ValueError

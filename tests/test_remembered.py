@@ -209,3 +209,86 @@ def test_an_in_place_op_that_brings_samples_is_decided_anew() -> None:
             sw.per_sample_grads(model, losses, batch())
     assert ("iadd", True) not in {key[:2] for key in remembered._FOLLOWED}
     assert ("add", True) not in {key[:2] for key in remembered._FOLLOWED}
+
+
+def test_an_in_place_op_with_its_target_by_name_is_decided_anew() -> None:
+    """Samples come into a constant, which is used across samples then."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        held = x.new_ones(x.shape)
+        torch.clamp_(input=held, min=x.detach())
+        return m.inner(x) * held.sum(0)
+
+    for _ in range(3):
+        with pytest.raises(SamplewiseError):
+            sw.per_sample_grads(Net(forward), losses, batch())
+
+
+def changed_one_by_one(x: Tensor) -> Tensor:
+    held = x.clone()
+    part = held[..., :4]
+    for i in range(held.shape[1]):
+        held[:, i : i + 1].neg_()
+        held[:, i : i + 1] += 1
+    return part
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_samples_changed_in_place_on_another_axis_stay_where_they_are(n: int) -> None:
+    """A view of all of them, taken before, too."""
+    model, x = Net(lambda m, x: m.inner(changed_one_by_one(x))), batch(n).transpose(0, 1).contiguous()
+    expected = by_loop(Net(lambda m, x: m.inner(1 - x)), x.transpose(0, 1))
+    for _ in range(2):
+        found = sw.per_sample_grads(model, lambda m, x: m(x).square().sum((0, 2)), x, batch_dim=1)
+        torch.testing.assert_close(found, expected)
+
+
+def test_two_arguments_that_were_one_tensor_are_decided_anew() -> None:
+    def normalised(second: str) -> Net:
+        model = Net(lambda m, x: F.batch_norm(m.inner(x[:, 0]), m.first, getattr(m, second), m.norm.weight, m.norm.bias))
+        model.register_buffer("first", torch.rand(4, dtype=torch.float64) + 0.5)
+        model.register_buffer("other", torch.rand(4, dtype=torch.float64) + 0.5)
+        return model
+
+    for second in ("first", "other", "first"):
+        check(normalised(second), batch())
+
+
+def test_overloads_are_the_ops_that_they_belong_to() -> None:
+    aten = torch.ops.aten
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = aten.linear.default(x, m.inner.weight, m.inner.bias)
+        return aten.layer_norm.default(aten.add_.Tensor(h, x), [4], m.norm.weight, m.norm.bias)
+
+    for _ in range(2):
+        check(Net(forward), batch())
+
+
+@pytest.mark.parametrize("write", [torch.ops.aten.add_.Tensor, torch.ops.aten.add_, torch.Tensor.add_])
+def test_an_overload_that_writes_is_seen(write: Callable[..., Tensor]) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        held = x.new_zeros(x.shape)
+        write(held, x.detach())
+        return m.inner(x) * held.sum(0)
+
+    for _ in range(2):
+        with pytest.raises(SamplewiseError):
+            sw.per_sample_grads(Net(forward), losses, batch())
+
+
+@torch.library.custom_op("samplewise_tests::write", mutates_args={"into"})
+def write(x: Tensor, scale: float, into: Tensor) -> None:
+    """An op of somebody else that writes to an argument in the middle."""
+    into.copy_(x * scale)
+
+
+def test_an_op_that_writes_to_an_argument_is_seen() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        held = x.new_zeros(x.shape)
+        write(x.detach(), 2.0, held)
+        return m.inner(x) * held.sum(0)
+
+    for _ in range(2):
+        with pytest.raises(SamplewiseError):
+            sw.per_sample_grads(Net(forward), losses, batch())

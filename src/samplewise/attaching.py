@@ -1,14 +1,15 @@
-"""What a recording looks at in a model: what it holds, what forbids to record it, and where the samples enter."""
+"""What a recording looks at in a model: what it holds, what forbids to record it, where the samples enter, and what comes out as a loss."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .axes import HOST, tensors_in
-from .errors import UnsupportedOpError
+from .axes import HOST, Lost, tensors_in
+from .collecting import Shared
+from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
 
 
 def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -55,6 +56,38 @@ def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
         raise UnsupportedOpError(
             f"{name}: has a hook on its gradient, which per-sample gradients would not pass through. Remove it for the recording, and "
             "apply to the results what it does."
+        )
+
+
+def refuse_new_parameters(model: nn.Module, modules: Iterable[nn.Module], known: Container[int]) -> None:
+    """Refuse what became trainable after the recording began, whose gradient would be missing; `known` are ids."""
+    held = [p for module in modules for p in module._parameters.values()]  # noqa: SLF001
+    if any(p is not None and id(p) not in known and p.requires_grad for p in held):
+        new = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+        raise UnsupportedOpError(
+            f"backward: {', '.join(new)} was unfrozen, added or replaced inside the recording, which did not see its uses before. Do "
+            "so before `record`."
+        )
+
+
+def refuse_loss(kind: object, reduction: str) -> None:
+    """Refuse a loss that is no plain sum or mean over the samples, as the reduction says."""
+    if isinstance(kind, Lost) and kind.refused:
+        raise SampleAxisError(kind.refused)
+    if isinstance(kind, Lost) and not kind.linear:
+        raise MixedSamplesError(
+            f"backward: {kind.op} brought the samples together, and the loss is no plain sum or mean over them, so it has no "
+            "per-sample gradients. Keep one loss per sample and call `rec.backward(losses)`."
+        )
+    if isinstance(kind, Lost) and reduction == "mean" and not kind.uniform:
+        raise MixedSamplesError(
+            f"backward: {kind.op} took a weighted mean (class weights, or targets at ignore_index), so loss_reduction="
+            "'mean' would scale the samples wrongly. Use reduction='none' and `rec.backward(losses)`."
+        )
+    if isinstance(kind, Shared):
+        raise SampleAxisError(
+            "backward: the loss does not depend on the samples that the model was given. Check that it is computed from "
+            "the model's output inside the recording, and that `batch_size` and `batch_dim` are right."
         )
 
 

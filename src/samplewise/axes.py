@@ -112,6 +112,11 @@ class Axis:
         groups = [f"{self.outer} blocks of all samples"] * (self.outer > 1) + [f"{self.inner} rows each"] * (self.inner > 1)
         return f"samples on axis {self.dim}" + (f" ({', '.join(groups)})" if groups else "")
 
+    def means(self, other: "Axis", n: int) -> bool:
+        """Whether both say the same of a tensor, perhaps by different axes: that it is one sample's as a whole."""
+        owners = set(self.ragged or ())
+        return self == other or n == 1 or (len(owners) == 1 and NOBODY not in owners and owners == set(other.ragged or ()))
+
     @property
     def leads(self) -> bool:
         """Whether a tensor with these rows is what `rows` makes of it."""

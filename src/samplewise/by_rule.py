@@ -36,7 +36,7 @@ class Slot:
 
     place: int | Tensor  # among the saved tensors, or a meta tensor for a value the rule does not need
     axis: Axis | None
-    # whether the rule takes the tensor as it is
+    # whether the rule takes it as it is: of the gradients' own type, not complex, with its rows in front
     straight: bool
 
     def filled(self, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Tensor:
@@ -87,7 +87,7 @@ def by_rule(
     args, kwargs = replaced(call, {id(x): seen(recording, x) for x in shared})
     axes, led_to = {id(x): axis for x, axis in call.placed()}, _own_input(recording, rule, arguments, slots, shared)
     out, statistics = _run(func, rule, args, kwargs, graph=led_to is None)
-    if statistics:
+    if statistics and rule.takes_statistics:
         arguments = {**arguments, "statistics": statistics}
         slots = [*slots, *(("statistics", k, x) for k, x in enumerate(statistics))]
         axes.update((id(x), call.placed()[0][1]) for x in statistics)
@@ -134,7 +134,7 @@ def tap(
     out = no_view(out) if isinstance(out, Tensor) else swapped(out, {id(x): no_view(x) for x in tensors_in(out)})
     outs = [out] if isinstance(out, Tensor) else [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
     places, own = [placed(recording, call, x, shared) for x in outs], {id(x) for x in shared}
-    # that of the gradients to come
+    # the types of the gradients to come
     dtypes = {x.dtype for x in outs}
     wanted = [(name, k, x) for name, k, x in slots if id(x) in own]
     needed = rule.saved_for({name for name, _, _ in wanted}) | set(rule.saved_for_back if input is not None else ())
@@ -170,9 +170,8 @@ class Decision:
     rule: Rule
     # the arguments with a gradient, with their places in a list
     wanted: Sequence[tuple[str, int | None]]
-    # where the tensor arguments are, among what is saved, that the rule takes as they are
+    # the tensors that the rule takes as they are: where they are among what is saved, or stand-ins
     kept: Mapping[str, int]
-    # those whose values it does not need
     stand_ins: Mapping[str, Tensor]
     # slots for the other arguments with tensors
     slots: Mapping[str, Any]
@@ -233,15 +232,14 @@ class Awaited:
         given = (rows[0], results[0]) if len(places) == 1 else (rows, results)
         try:
             found = decided.rule.function(*given, **self.plain, **decided.filled(saved, first.dtype))
+            factors = [
+                _checked(decided.op, found, name, k, source)
+                for (name, k), source in zip(decided.wanted, self.sources, strict=True)
+            ]
+            factors = [factor if factor.n == n else factor.regroup(n) for factor in factors]
         except NotImplementedError as error:
             raise UnsupportedOpError(f"{error} (parameter {self._names()})") from error
-        factors = [
-            _checked(decided.op, found, name, k, source) for (name, k), source in zip(decided.wanted, self.sources, strict=True)
-        ]
-        return [
-            (source, use, factor if factor.n == n else factor.regroup(n))
-            for source, use, factor in zip(self.sources, self.uses, factors, strict=True)
-        ]
+        return list(zip(self.sources, self.uses, factors, strict=True))
 
     def input_grad(self, grad: Tensor, saved: Sequence[Tensor]) -> Tensor:
         """The gradient of the input, by the rule's own backward."""
@@ -308,7 +306,9 @@ def _remember(recording: Recorder, call: Call, awaited: Awaited, held: Mapping[s
     own = sorted((slot.place, where[name]) for name in given if isinstance((slot := held[name]).place, int))
     statistics = held.get("statistics", ()) if rule.run is not None else ()
     kept = sum(isinstance(slot.place, int) for slot in statistics)
-    if key is None or len(own) + kept != saved or not all(k is None and name in where for name, k in decision.wanted):
+    # an argument given twice is kept once, and two that are not the same would be mistaken for it
+    alike = len({place for place, _ in own}) < len(own)
+    if key is None or alike or len(own) + kept != saved or not all(k is None and name in where for name, k in decision.wanted):
         return
     if len(_MEETINGS) >= _MOST_MEETINGS:
         _MEETINGS.clear()

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .errors import SamplewiseError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor, Pulled
 from .outer import Rows
-from .sums import Store, add, held
+from .sums import Store, add, tensors_of
 
 
 @dataclass(frozen=True)
@@ -129,23 +129,45 @@ class Use:
 Uses = Sequence[Use]
 
 
+class Held:
+    """What factors that are kept are made of, and the versions it had when they came."""
+
+    def __init__(self) -> None:
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def hold(self, factor: Factor) -> None:
+        """Remember a factor's tensors, which live on until they are released."""
+        self._versions += [(x, x._version) for x in tensors_of(factor)]  # noqa: SLF001
+
+    def refuse_changed(self) -> None:
+        """Raise if something that the factors are made of was changed in place."""
+        if any(x._version != version for x, version in self._versions):  # noqa: SLF001
+            raise SamplewiseError(
+                "record: a tensor that the gradients are made of (an input of the model, perhaps) was changed in place after the "
+                "backward had used it. Ask for the quantities first, or give the recording a copy."
+            )
+
+    def release(self) -> None:
+        """Let the tensors go."""
+        self._versions.clear()
+
+
 @dataclass
 class Arrived:
     """The factors of the uses of one shared tensor."""
 
     source: Source
     factors: list[Factor] = field(default_factory=list)
-    # what the factors hold, with the versions it had
-    held: list[tuple[Tensor, int]] = field(default_factory=list)
+    held: Held = field(default_factory=Held)
 
-    def hold(self, factor: Factor) -> None:
-        """Remember the versions of what a factor is made of, because it is kept."""
-        self.held += [(x, x._version) for x in held(factor)]  # noqa: SLF001
+    def together(self) -> Factor:
+        """One factor for all uses.
 
-    @property
-    def changed(self) -> bool:
-        """Whether something that the factors hold was changed in place."""
-        return any(x._version != version for x, version in self.held)  # noqa: SLF001
+        Raises:
+            SamplewiseError: If what they are made of was changed in place since they came.
+        """
+        self.held.refuse_changed()
+        return add(self.factors)
 
 
 @dataclass
@@ -205,19 +227,16 @@ class Collector:
                 use.structure, use.algorithm = factor.structure, factor.algorithm
         expected = self._expected.get(name) if source.edge is None else None
         if self.consume is not None and expected == 1:
-            # the only use of a parameter, of which nothing has to be kept
+            # the only use of a parameter: nothing is kept here
             self._consume(self.consume, name, factor)
             return
         arrived = self._arrived.setdefault(source.key, Arrived(source))
         arrived.factors.append(factor)
-        if len(arrived.factors) != expected:
-            arrived.hold(factor)
-        elif self.consume is not None:
-            self._refuse_changed(arrived)
+        arrived.held.hold(factor)
+        if len(arrived.factors) == expected and self.consume is not None:
             del self._arrived[source.key]
-            self._consume(self.consume, name, add(arrived.factors))
-        else:
-            arrived.hold(factor)
+            self._consume(self.consume, name, arrived.together())
+        elif len(arrived.factors) == expected:
             self._keep(name, arrived)
 
     def _consume(self, consume: Callable[[str, Factor], None], name: str, factor: Factor) -> None:
@@ -227,11 +246,11 @@ class Collector:
 
     def _keep(self, name: str, arrived: Arrived) -> None:
         """Keep the gradient of a parameter whose last use has arrived."""
-        factor = add(arrived.factors)
+        factor = arrived.together()
         stored = self._stored(factor)
         if stored is not factor:
-            arrived.factors, arrived.held = [stored], []
-            arrived.hold(stored)
+            arrived.factors, arrived.held = [stored], Held()
+            arrived.held.hold(stored)
             for use in self.uses:
                 if use.parameter == name:
                     use.algorithm = "store"
@@ -241,13 +260,6 @@ class Collector:
         if self.store is None or self.create_graph or not self.store.worth(factor):
             return factor
         return self.store.kept(factor)
-
-    def _refuse_changed(self, *arrived: Arrived) -> None:
-        if any(one.changed for one in arrived):
-            raise SamplewiseError(
-                "record: a tensor that the gradients are made of (an input of the model, perhaps) was changed in place after the "
-                "backward had used it. Ask for the quantities first, or give the recording a copy."
-            )
 
     def _refuse_late(self, late: frozenset[str]) -> None:
         raise SamplewiseError(
@@ -268,13 +280,12 @@ class Collector:
         Raises:
             SamplewiseError: If a tensor that the gradients are made of was changed in place since the backward.
         """
-        self._refuse_changed(*self._arrived.values())
         opaque = self._opaque()
         terms: dict[str, list[Factor]] = {}
         for arrived in self._arrived.values():
             source = arrived.source
+            one = arrived.together()
             for name in source.names:
-                one = add(arrived.factors)
                 terms.setdefault(name, []).append(
                     one if source.edge is None else self._pulled(source, one, name, linear=source.key not in opaque)
                 )

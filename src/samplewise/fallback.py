@@ -30,6 +30,11 @@ def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, sh
         )
     if op.inplace:
         return _in_two_steps(recording, op, call)
+    if op.writes:
+        raise UnsupportedOpError(
+            f"{call.name}: writes to {', '.join(name for _, name in op.writes)}, and has no rule for "
+            f"{names_of(recording, shared)}. Register one with `samplewise.rule`, or give the result back."
+        )
     if op.name in OF_MEMORY:
         raise UnsupportedOpError(
             f"{call.name}: addresses memory, not axes, so what it does to one sample of {names_of(recording, shared)} is not known. Use "

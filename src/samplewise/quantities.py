@@ -394,7 +394,7 @@ def root(squares: Tensor) -> Tensor:
         # inner products of positions may leave a little less than zero
         return squares.clamp_min(0).sqrt()
     positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares)
+    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares.clamp_min(0))
 
 
 def dense_in(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Tensor:

@@ -17,7 +17,17 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .attaching import Entrance, common_size, held_tensors, is_packed, packed_owners, refuse_hooks, refuse_unrecordable
+from .attaching import (
+    Entrance,
+    common_size,
+    held_tensors,
+    is_packed,
+    packed_owners,
+    refuse_hooks,
+    refuse_loss,
+    refuse_new_parameters,
+    refuse_unrecordable,
+)
 from .axes import Axis, Call, Lost, Where, tensors_in
 from .buffers import keep_freed_memory
 from .by_rule import meet_again, meeting_before
@@ -139,7 +149,10 @@ class Recording(TorchFunctionMode):
 
         `mixed`: samples were brought together in it, whatever it was before; `base`: what it is a view of, and was before.
         """
-        new = mixed or kind != (self._kinds.get(tensor) or CONSTANT)
+        before = self._kinds.get(tensor) or CONSTANT
+        if isinstance(kind, Axis) and isinstance(before, Axis) and kind.means(before, self.n or 0):
+            kind = before
+        new = mixed or kind != before
         if new and tensor.layout == torch.strided:
             self._clock += 1
             storage = tensor.untyped_storage()
@@ -298,7 +311,8 @@ class Recording(TorchFunctionMode):
         out = self._like_before(func, args, kwargs, key)
         if out is not NotImplemented:
             return out
-        target, told = (args[0] if op.inplace and args and isinstance(args[0], Tensor) else None), args
+        target, told = op.target(args, kwargs), args
+        target = target if isinstance(target, Tensor) else None
         viewed = None if target is None else target._base  # noqa: SLF001
         base = None if viewed is None else (viewed, self.kind(viewed))
         if target is not None and op.name in TURNS:
@@ -329,8 +343,7 @@ class Recording(TorchFunctionMode):
                 self.collector.expect_hidden(self._names(shared))
         if not outside:
             self._mark(op, call, out, shared, target)
-            # an in-place op that is remembered leaves its target what it was
-            if key is not None and "out" not in kwargs and (target is None or call.known[id(target)] == self.where(target)):
+            if key is not None and "out" not in kwargs and (not op.inplace or self._is_as_before(call, target)):
                 remember(key, [self.kind(x) for x in call.results])
         return out
 
@@ -348,14 +361,19 @@ class Recording(TorchFunctionMode):
                 self.declare(x, kind)  # type: ignore[arg-type]
         return out
 
+    def _is_as_before(self, call: Call, target: Tensor | None) -> bool:
+        """Whether the target of an in-place op is what it was: if so, of a call like it nothing has to be said."""
+        return target is not None and call.known[id(target)] == self.where(target)
+
     def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
         """Note what the results, or the targets of an in-place op, are now."""
-        written_to = op.inplace or call.kwargs.get("out") is not None
+        others = op.others_written(call.args, call.kwargs)
+        written_to = op.inplace or bool(others) or call.kwargs.get("out") is not None
         call.results = tensors_in(out)
         if target is not None:
-            results = [target]
+            results = [target, *tensors_in(others)]
         elif written_to:
-            results = tensors_in((call.args[:1] if op.inplace else (), out))
+            results = tensors_in((call.args[:1] if op.inplace else (), others, out))
         else:
             # what is known already: an operand given back as it is, or a tapped result
             results = [x for x in call.results if self._kinds.get(x) is None]
@@ -450,7 +468,7 @@ class Recording(TorchFunctionMode):
         return True
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
-        """Take the factors that a tap makes of its gradients."""
+        """Take the factors that a tap makes of gradients that are awaited; inside `aside`."""
         if self.loss_reduction == "mean" and not self._from_losses:
             grads = [None if grad is None else grad * (self.n or 0) for grad in grads]
         # detached: factors that are kept must not keep the graph, which holds the recording
@@ -466,13 +484,7 @@ class Recording(TorchFunctionMode):
 
     def refuse_new_parameters(self) -> None:
         """Refuse what became trainable after the recording began, whose gradient would be missing."""
-        held = [p for module in self._modules for p in module._parameters.values()]  # noqa: SLF001
-        if any(p is not None and id(p) not in self._names_of and p.requires_grad for p in held):
-            new = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in self._names_of]
-            raise UnsupportedOpError(
-                f"backward: {', '.join(new)} was unfrozen, added or replaced inside the recording, which did not see its uses before. Do "
-                "so before `record`."
-            )
+        refuse_new_parameters(self.model, self._modules, self._names_of)
 
     def _check_losses(self, tensors: Tensor | Sequence[Tensor]) -> None:
         if self.create_graph:
@@ -480,21 +492,4 @@ class Recording(TorchFunctionMode):
             return
         self.refuse_new_parameters()
         for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
-            where = self.where(loss)
-            if isinstance(where, Lost) and where.refused:
-                raise SampleAxisError(where.refused)
-            if isinstance(where, Lost) and not where.linear:
-                raise MixedSamplesError(
-                    f"backward: {where.op} brought the samples together, and the loss is no plain sum or mean over them, so it has no "
-                    "per-sample gradients. Keep one loss per sample and call `rec.backward(losses)`."
-                )
-            if isinstance(where, Lost) and self.loss_reduction == "mean" and not where.uniform:
-                raise MixedSamplesError(
-                    f"backward: {where.op} took a weighted mean (class weights, or targets at ignore_index), so loss_reduction="
-                    "'mean' would scale the samples wrongly. Use reduction='none' and `rec.backward(losses)`."
-                )
-            if where is None and isinstance(self.kind(loss), Shared):
-                raise SampleAxisError(
-                    "backward: the loss does not depend on the samples that the model was given. Check that it is computed from "
-                    "the model's output inside the recording, and that `batch_size` and `batch_dim` are right."
-                )
+            refuse_loss(self.kind(loss), self.loss_reduction)

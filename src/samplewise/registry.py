@@ -29,6 +29,11 @@ class Rule:
     samples: str = ""
 
     @functools.cached_property
+    def takes_statistics(self) -> bool:
+        """Whether the function has a place for what `run` gives beside the result."""
+        return "statistics" in inspect.signature(self.function).parameters
+
+    @functools.cached_property
     def saved_for_back(self) -> tuple[str, ...]:
         """The arguments whose values `back` needs."""
         return () if self.back is None else tuple(inspect.signature(self.back).parameters)[1:]
@@ -56,6 +61,18 @@ class Operation:
     source: Callable[..., Any] | None
     # a property or method that gives no tensor: shape, dtype, size(), dim(), ...
     plain_property: bool
+    # the places and names of the arguments that it writes to beside the first
+    writes: tuple[tuple[int, str], ...] = ()
+
+    def target(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What an in-place op changes."""
+        if not self.inplace:
+            return None
+        return args[0] if args else kwargs.get("input", kwargs.get("self"))
+
+    def others_written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What else the op changes."""
+        return [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
 
 
 RULES: dict[str, Rule] = {}
@@ -156,9 +173,14 @@ def operation(op: Callable[..., Any]) -> Operation:
         key = f"{op.__module__}.{op.__qualname__}"
         known = key in RULES or key in EXPANSIONS or key in OPAQUE
         return Operation(key, inplace=False, source=None if known else through_source(op), plain_property=False)
-    raw = str(op).removeprefix("aten.") if _is_dispatched(op) else op.__name__
-    inplace = (raw.endswith("_") and not raw.endswith("__")) or raw in _INPLACE_DUNDERS
-    return Operation(raw.strip("_"), inplace=inplace, source=None, plain_property=raw in _PLAIN_METHODS)
+    overloads = _overloads(op)
+    raw = str(overloads[0].overloadpacket).removeprefix("aten.") if overloads else op.__name__
+    written = {(place, argument.name) for overload in overloads for place, argument in _written_arguments(overload)}
+    inplace = (
+        (raw.endswith("_") and not raw.endswith("__")) or raw in _INPLACE_DUNDERS or any(place == 0 for place, _ in written)
+    )
+    writes = tuple(sorted((place, name) for place, name in written if place and name != "out"))
+    return Operation(raw.strip("_"), inplace=inplace, source=None, plain_property=raw in _PLAIN_METHODS, writes=writes)
 
 
 @functools.cache
@@ -216,8 +238,17 @@ def _free_key(op: Callable[..., Any]) -> str:
     return key
 
 
-def _is_dispatched(op: Callable[..., Any]) -> bool:
-    return type(op).__name__ in {"OpOverload", "OpOverloadPacket"}
+def _overloads(op: Any) -> list[Any]:
+    """What an op of `torch.ops` may be; nothing for other functions."""
+    kind = type(op).__name__
+    if kind == "OpOverloadPacket":
+        return [getattr(op, name) for name in op.overloads()]
+    return [op] if kind == "OpOverload" else []
+
+
+def _written_arguments(overload: Any) -> list[tuple[int, Any]]:
+    arguments = enumerate(overload._schema.arguments)  # noqa: SLF001
+    return [(place, x) for place, x in arguments if x.alias_info is not None and x.alias_info.is_write]
 
 
 def _uses_out(function: Callable[..., Any]) -> bool:

@@ -26,7 +26,8 @@ def key_of(
     Values go with their types: True equals 1, but `x.std(True)` is over everything; tensors too: `x.view(dtype)` may change the shape.
     """
     several = op.name in (KEEPS if op.inplace else SHAPED)
-    if not several and (op.inplace or op.name not in SHAPED_ALONE):
+    alone = several if op.inplace else op.name in SHAPED_ALONE
+    if not several and not alone:
         return None
     parts: list[Any] = [op.name, op.inplace, n]
     count = _describe(args, kind, parts)
@@ -89,6 +90,7 @@ def _describe(values: Sequence[Any], kind: Callable[[Tensor], object], parts: li
 def _plain_kind(value: Tensor, kind: object, parameters: Container[int]) -> object:
     """A kind that says all there is to know: a plain pattern of samples, a constant, one of the parameters; else None."""
     if isinstance(kind, Axis):
+        # numbers, which hash faster than an axis
         return (kind.dim, kind.outer, kind.inner) if kind.ragged is None and kind.chosen is None else None
     if isinstance(kind, Shared):
         return Shared if id(value) in parameters else None

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .collecting import Held
 from .factors import Factor
 from .joined import Joined
 from .quantities import Record, check_limit, clipping_weights, dense_in, total_norms
 from .recording import Recording
 from .strategy import Strategy
-from .sums import Store, held
+from .sums import Store, tensors_of
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]
@@ -80,15 +81,18 @@ def per_sample_norms(
         >>> per_sample_norms(model, lambda m, x: m(x).square().sum(1), x).shape
         torch.Size([4])
     """
-    small, squares = Joined(), list[Tensor]()
+    small, squares, held = Joined(), list[Tensor](), Held()
 
     def consume(name: str, factor: Factor) -> None:
-        if not small.take(name, factor):
+        if small.take(name, factor):
+            held.hold(factor)
+        else:
             squares.append(factor.sq_norms())
 
     chosen = Strategy.of(strategy, None)
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen))
     _run(rec, loss_fn, batch)
+    held.refuse_changed()
     with rec._recording.aside():  # noqa: SLF001
         return total_norms([*squares, *small.sq_norms()], rec._n(), rec._like())  # noqa: SLF001
 
@@ -119,9 +123,10 @@ def clipped_grads(
         >>> sums, norms = clipped_grads(model, lambda m, x: m(x).square().sum(1), x, max_grad_norm=1.0)
     """
     check_limit(max_grad_norm)
-    kept, small, squares = dict[str, Factor](), Joined(), list[Tensor]()
+    kept, small, squares, held = dict[str, Factor](), Joined(), list[Tensor](), Held()
 
     def consume(name: str, factor: Factor) -> None:
+        held.hold(factor)
         if not small.take(name, factor):
             kept[name] = factor
             squares.append(factor.sq_norms())
@@ -129,6 +134,8 @@ def clipped_grads(
     chosen, store = Strategy.of(strategy, memory_budget), Store()
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen, store=store))
     _run(rec, loss_fn, batch)
+    held.refuse_changed()
+    held.release()
     rec._check_out("clipped_grads", out)  # noqa: SLF001
     with rec._recording.aside():  # noqa: SLF001
         norms = total_norms([*squares, *small.sq_norms()], rec._n(), rec._like())  # noqa: SLF001
@@ -143,7 +150,7 @@ def clipped_grads(
 
 def _frees(factor: Factor) -> tuple[bool, int]:
     """Whether a factor takes more memory than a sum of its gradients, and how much: such are the first to become sums."""
-    tensors = held(factor)
+    tensors = tensors_of(factor)
     size = sum(x.nbytes for x in tensors)
     # a factor of somebody else may hold its tensors in some way of its own
     return size >= factor.shape.numel() * max((x.element_size() for x in tensors), default=0), size

@@ -128,7 +128,7 @@ class Store:
         chosen, algorithm = current(), factor.algorithm
         if algorithm not in {"gram", "tile"} or chosen.name not in {"auto", "store"}:
             return False
-        tensors = held(factor)
+        tensors = tensors_of(factor)
         size = factor.n * factor.shape.numel() * _first(tensors).element_size()
         lean = size <= sum(x.nbytes for x in tensors)
         # norms by tiles form the gradients anyway: kept, they need not be formed again for a weighted sum
@@ -138,15 +138,15 @@ class Store:
 
     def kept(self, factor: Factor) -> Factor:
         """The gradients, as a factor."""
-        return Kept(factor.write(_first(held(factor)).new_empty(factor.n, *factor.shape)))
+        return Kept(factor.write(_first(tensors_of(factor)).new_empty(factor.n, *factor.shape)))
 
 
-def held(factor: Factor) -> list[Tensor]:
+def tensors_of(factor: Factor) -> list[Tensor]:
     """The tensors that a factor is made of."""
     if isinstance(factor, Sum):
-        return [x for term in factor.terms for x in held(term)]
+        return [x for term in factor.terms for x in tensors_of(term)]
     if isinstance(factor, Pulled):
-        return held(factor.factor)
+        return tensors_of(factor.factor)
     return [x for x in vars(factor).values() if isinstance(x, Tensor)]
 
 

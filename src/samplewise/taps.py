@@ -28,7 +28,7 @@ class Collects(Protocol):
         """Whether the backward that brings these gradients belongs to the recording."""
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
-        """Take the factors."""
+        """Take the factors of gradients that are awaited; inside `aside`."""
 
     def aside(self) -> AbstractContextManager[None]:
         """Arithmetic that no recording sees."""
