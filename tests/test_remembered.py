@@ -292,3 +292,11 @@ def test_an_op_that_writes_to_an_argument_is_seen() -> None:
     for _ in range(2):
         with pytest.raises(SamplewiseError):
             sw.per_sample_grads(Net(forward), losses, batch())
+
+
+def test_operands_are_not_taken_for_results_that_another_overload_writes_to() -> None:
+    aten = torch.ops.aten
+    for op in (aten.max, aten.topk, aten.sort, aten.linalg_qr):
+        found = registry.operation(op)
+        assert found.writes
+        assert found.others_written((torch.ones(2), torch.ones(2)), {}) == []

@@ -61,7 +61,7 @@ class Operation:
     source: Callable[..., Any] | None
     # a property or method that gives no tensor: shape, dtype, size(), dim(), ...
     plain_property: bool
-    # the places and names of the arguments that it writes to beside the first
+    # the places and names of the arguments that it writes to beside the first; -1 for one that is given by name only
     writes: tuple[tuple[int, str], ...] = ()
 
     def target(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -72,7 +72,8 @@ class Operation:
 
     def others_written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """What else the op changes."""
-        return [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
+        given = (args[place] if 0 <= place < len(args) else kwargs.get(name) for place, name in self.writes)
+        return [x for x in given if x is not None]
 
 
 RULES: dict[str, Rule] = {}
@@ -248,7 +249,7 @@ def _overloads(op: Any) -> list[Any]:
 
 def _written_arguments(overload: Any) -> list[tuple[int, Any]]:
     arguments = enumerate(overload._schema.arguments)  # noqa: SLF001
-    return [(place, x) for place, x in arguments if x.alias_info is not None and x.alias_info.is_write]
+    return [(-1 if x.kwarg_only else place, x) for place, x in arguments if x.alias_info is not None and x.alias_info.is_write]
 
 
 def _uses_out(function: Callable[..., Any]) -> bool:
