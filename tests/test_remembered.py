@@ -1,6 +1,6 @@
 """Calls like one before take a short way: the same answers, and only where shapes and plain axes decide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import pytest
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 import samplewise as sw
 from samplewise import by_rule, registry, remembered
+from samplewise.axes import Axis
 from samplewise.errors import MixedSamplesError, SamplewiseError
 from samplewise.factors import Dense
+from samplewise.remembered import CONSTANT, key_of_meeting
 
 
 @pytest.fixture(autouse=True)
@@ -294,9 +296,89 @@ def test_an_op_that_writes_to_an_argument_is_seen() -> None:
             sw.per_sample_grads(Net(forward), losses, batch())
 
 
+@torch.library.custom_op("samplewise_tests::put", mutates_args={"out"})
+def put(x: Tensor, out: Tensor) -> None:
+    """An op of somebody else that writes to an argument of the name that torch's own ops have for one that is no operand."""
+    out.copy_(x)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("op", [put, torch.ops.samplewise_tests.put, torch.ops.samplewise_tests.put.default])
+def test_an_op_that_writes_to_its_out_is_seen(op: Callable[..., None], named: bool) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        held = x.new_zeros(x.shape)
+        total = x.detach().sum(0, keepdim=True).expand_as(x)
+        op(total, out=held) if named else op(total, held)
+        return m.inner(x) * held
+
+    for _ in range(2):
+        with pytest.raises(SamplewiseError):
+            sw.per_sample_grads(Net(forward), losses, batch())
+
+
+@pytest.mark.parametrize("op", [torch.cdist, torch.ops.aten.cdist, torch.ops.aten.cdist.default])
+def test_a_packet_writes_to_no_out_that_is_not_given(op: Callable[..., Tensor]) -> None:
+    for _ in range(2):
+        check(Net(lambda m, x: op(x, m.inner.weight)), batch())
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "first"),
+    [
+        (torch.index_select, {"dim": 1, "index": 2, "input": 3}, "input"),
+        (torch.where, {"input": 1, "other": 2, "condition": 3}, "condition"),
+        (torch.searchsorted, {"input": 1, "sorted_sequence": 2}, "sorted_sequence"),
+        (torch.fft.fft, {"n": 1, "input": 2}, "input"),
+        (torch.linalg.solve, {"B": 1, "A": 2}, "A"),
+        (torch.cat, {"dim": 1, "tensors": 2}, "tensors"),
+        (torch.ops.aten.where.self, {"self": 1, "other": 2, "condition": 3}, "condition"),
+        (torch.ops.aten.where, {"self": 1, "other": 2, "condition": 3}, "condition"),
+        (torch.ops.aten.clamp_.default, {"self": 1, "min": 2}, "self"),
+        (torch.polygamma, {"input": 1, "n": 2}, None),
+        (torch.nn.functional.layer_norm, {"input": 1, "normalized_shape": 2}, None),
+    ],
+)
+def test_the_first_argument_is_known_by_its_names(op: Callable[..., Tensor], given: dict[str, int], first: str | None) -> None:
+    expected = ((), given) if first is None else ((given[first],), {k: v for k, v in given.items() if k != first})
+    assert registry.operation(op).in_order((), given) == expected
+    assert registry.operation(op).in_order((0,), given) == ((0,), given)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: torch.index_select(dim=1, index=torch.tensor([1, 0, 3, 2]), input=m.inner(x)) * m.norm.weight,
+        lambda m, x: torch.gather(index=x.argsort(1), dim=1, input=m.inner(x)) * m.norm.weight,
+        lambda m, x: torch.conv1d(weight=m.inner.weight[..., None], input=x.mT),
+        lambda m, x: torch.linalg.solve(B=m.inner(x)[..., None], A=torch.eye(4, dtype=x.dtype).expand(*x.shape, 4))[..., 0],
+        lambda m, x: torch.where(other=m.norm.weight, input=m.inner(x), condition=x > 0),
+        lambda m, x: torch.mul(out=None, other=m.norm.weight, input=m.inner(x)),
+        lambda m, x: torch.neg_(input=m.inner(x)) * m.norm.weight,
+        lambda m, x: torch.ops.aten.mul_.Tensor(other=m.norm.weight, self=m.inner(x)),
+    ],
+)
+def test_arguments_by_name(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    for _ in range(2):
+        check(Net(forward), batch())
+
+
 def test_operands_are_not_taken_for_results_that_another_overload_writes_to() -> None:
     aten = torch.ops.aten
     for op in (aten.max, aten.topk, aten.sort, aten.linalg_qr):
         found = registry.operation(op)
         assert found.writes
         assert found.others_written((torch.ones(2), torch.ones(2)), {}) == []
+
+
+def test_a_meeting_on_another_kind_of_device_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a group norm in half precision keeps statistics, which it does not on a CPU."""
+    # there is none on the device that stands for another one here
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+
+    def key(device: str) -> Hashable:
+        x, w = torch.empty(3, 4, device=device), torch.empty(4, 4, device=device)
+        kinds = {id(x): Axis(0), id(w): CONSTANT}
+        return key_of_meeting("linear", 3, (x, w), lambda value: kinds[id(value)], ())
+
+    assert key("cpu") == key("cpu")
+    assert key("cpu") != key("meta")

@@ -30,7 +30,7 @@ def fall_back(recording: Recorder, func: Function, op: Operation, call: Call, sh
         )
     if op.inplace:
         return _in_two_steps(recording, op, call)
-    if op.writes:
+    if op.others_written(call.args, call.kwargs):
         raise UnsupportedOpError(
             f"{call.name}: writes to {', '.join(name for _, name in op.writes)}, and has no rule for "
             f"{names_of(recording, shared)}. Register one with `samplewise.rule`, or give the result back."

@@ -260,6 +260,8 @@ class Recording(TorchFunctionMode):
         kwargs, op = kwargs or {}, operation(func)
         if op.plain_property:
             return func(*args, **kwargs)
+        if kwargs and not args:
+            args, kwargs = op.in_order(args, kwargs)
         if in_transform():
             self._refuse_transform(op, args, kwargs)
             return func(*args, **kwargs)
@@ -311,7 +313,7 @@ class Recording(TorchFunctionMode):
         out = self._like_before(func, args, kwargs, key)
         if out is not NotImplemented:
             return out
-        target, told = op.target(args, kwargs), args
+        target, told = op.target(args), args
         target = target if isinstance(target, Tensor) else None
         viewed = None if target is None else target._base  # noqa: SLF001
         base = None if viewed is None else (viewed, self.kind(viewed))

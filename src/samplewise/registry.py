@@ -63,12 +63,19 @@ class Operation:
     plain_property: bool
     # the places and names of the arguments that it writes to beside the first; -1 for one that is given by name only
     writes: tuple[tuple[int, str], ...] = ()
+    # the names of the first argument
+    first: tuple[str, ...] = ()
 
-    def target(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the first in its place, also where it was given by name."""
+        name = None if args else next((x for x in self.first if x in kwargs), None)
+        if name is None:
+            return args, kwargs
+        return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+    def target(self, args: Sequence[Any]) -> Any:
         """What an in-place op changes."""
-        if not self.inplace:
-            return None
-        return args[0] if args else kwargs.get("input", kwargs.get("self"))
+        return args[0] if self.inplace and args else None
 
     def others_written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """What else the op changes."""
@@ -180,8 +187,12 @@ def operation(op: Callable[..., Any]) -> Operation:
     inplace = (
         (raw.endswith("_") and not raw.endswith("__")) or raw in _INPLACE_DUNDERS or any(place == 0 for place, _ in written)
     )
-    writes = tuple(sorted((place, name) for place, name in written if place and name != "out"))
-    return Operation(raw.strip("_"), inplace=inplace, source=None, plain_property=raw in _PLAIN_METHODS, writes=writes)
+    writes = tuple(sorted((place, name) for place, name in written if place))
+    name, first = raw.strip("_"), _first_names(overloads) if overloads else _FIRST
+    if name in {"polygamma", "special_polygamma"}:
+        # an order comes first
+        first = ()
+    return Operation(name, inplace, source=None, plain_property=raw in _PLAIN_METHODS, writes=writes, first=first)
 
 
 @functools.cache
@@ -217,6 +228,8 @@ def _inner_source(value: object) -> object:
     return through_source(value) if isinstance(value, types.FunctionType) else value
 
 
+# What torch's own functions call their first argument; "input" is the second where one of those before it is the first.
+_FIRST = ("condition", "sorted_sequence", "input", "self", "tensors", "A", "log_probs")
 _C_METHODS = frozenset(dir(torch._C.TensorBase))  # noqa: SLF001
 _TENSOR_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 _PLAIN_METHODS = frozenset(
@@ -245,6 +258,10 @@ def _overloads(op: Any) -> list[Any]:
     if kind == "OpOverloadPacket":
         return [getattr(op, name) for name in op.overloads()]
     return [op] if kind == "OpOverload" else []
+
+
+def _first_names(overloads: Sequence[Any]) -> tuple[str, ...]:
+    return tuple({arguments[0].name: None for overload in overloads if (arguments := overload._schema.arguments)})  # noqa: SLF001
 
 
 def _written_arguments(overload: Any) -> list[tuple[int, Any]]:

@@ -301,6 +301,7 @@ SINGLE: dict[str, Single] = {
     "roll": along(2),
     **dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], along(2, 0)),
     **dict.fromkeys(["narrow", "unfold"], along(1)),
+    "slice": along(1, 0),
     **dict.fromkeys("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft".split(), along(2, -1)),
     **dict.fromkeys("fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn".split(), all_but(2, None)),
     **dict.fromkeys("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2".split(), all_but(2, (-2, -1))),

@@ -3,7 +3,7 @@
 import json
 import random
 
-from . import ops_axes, ops_layers, ops_memory, ops_rows, regions, traps
+from . import ops_axes, ops_layers, ops_memory, ops_rows, ops_spelled, regions, traps
 from .judge import judge
 from .network import LOSSES, OPS, Case
 
@@ -19,7 +19,7 @@ MOVES = ["swap", "merge", "split", "pool", "lengthen", "to image", "from image",
 
 def families():
     """The files that hold the steps."""
-    return [module.__name__ for module in (ops_rows, ops_axes, ops_layers, ops_memory, regions, traps)]
+    return [module.__name__ for module in (ops_rows, ops_axes, ops_layers, ops_memory, ops_spelled, regions, traps)]
 
 
 def draw(seed, index, *, harmful=None):
