@@ -6,6 +6,9 @@ Each round runs the plain step; the forward and the backward to the activations 
 sum, and the gradients written into buffers, of the factors of one recorded step, without recording it again; and the whole of each. "limit"
 is the activations plus one of these: the kernels without the recording. It is a limit of these algorithms and kernels, not of the problem.
 The last column is the time to write as many numbers into the same buffers.
+
+A second table has the memory that clipped sums need beside the plain step's, in any single backward: until all norms are known, the
+factor or the gradients of every parameter are kept. "leaner of both" takes whichever is smaller, parameter by parameter.
 """
 
 import argparse
@@ -15,19 +18,20 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from cells import Place, seconds
+from cells import MIB, Place, live, seconds
 from peers import CLIPPED, FLOOR, INTO, NORMS, OURS, PLAIN, SYSTEMS, Problem
 from samplewise.factors import Factor
 from samplewise.quantities import Record
 from samplewise.recording import Recording
 from samplewise.running import unrecorded
 from samplewise.streaming import _run
-from samplewise.sums import Store
+from samplewise.sums import Store, tensors_of
 from workloads import WORKLOADS
 
 ACTIVATIONS = "activations alone"
 # each quantity, and what it is called where it is asked for without a recording
 ALONE = {quantity: f"{quantity} alone" for quantity in (NORMS, CLIPPED, INTO)}
+MEMORY = ("plain step, at its peak", "clipped sum, at its peak", "kept for the sum", "leaner of both")
 COLUMNS = (ACTIVATIONS, *(column for quantity in ALONE for column in (ALONE[quantity], "limit", quantity)), FLOOR)
 
 
@@ -73,6 +77,32 @@ def written_alone(factors: dict[str, Factor], buffers: dict[str, Tensor]) -> Non
     with unrecorded():
         for name, factor in factors.items():
             factor.write(buffers[name])
+
+
+def kept_for_sums(factors: dict[str, Factor]) -> tuple[float, float]:
+    """MiB that clipped sums keep until the norms are known, and of the leaner of factor and gradients for each parameter."""
+    store, kept, leaner = Store(), dict[int, int](), dict[int, int]()
+    with unrecorded():
+        for factor in factors.values():
+            # by place: a bias may share its tensor with the weight
+            own = {x.data_ptr(): x.nbytes for x in tensors_of(factor)}
+            gradients = {id(factor): factor.n * factor.shape.numel() * next(iter(tensors_of(factor))).element_size()}
+            kept |= gradients if store.worth(factor) else own
+            leaner |= min(own, gradients, key=lambda sizes: sum(sizes.values()))
+    return sum(kept.values()) / MIB, sum(leaner.values()) / MIB
+
+
+def memory_line(workload: str, place: Place) -> str:
+    """A row of the second table."""
+    problem = place.problem(workload, {})
+    ours = SYSTEMS[OURS]
+    problem = replace(problem, limit=ours.methods[NORMS](problem).median().item())
+    peaks = []
+    for system, quantity in ((SYSTEMS[PLAIN], PLAIN), (ours, CLIPPED)):
+        ready = system.prepare(problem, quantity)
+        peaks.append(live(lambda run=system.methods[quantity], ready=ready: run(ready)))
+    shown = [*peaks, *kept_for_sums(factors_of(ours.prepare(problem, NORMS)))]
+    return f"| {problem.name} | {' | '.join(f'{value:.1f}' for value in shown)} |"
 
 
 def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dict[str, float]]:
@@ -128,6 +158,9 @@ def main() -> None:
     print(f"{place.described()}\n\n| workload (plain step) | {' | '.join(COLUMNS)} |\n{'|---' * (1 + len(COLUMNS))}|")
     for workload in options.workloads.split(","):
         print(line(*measured(workload, place, options.repeats)), flush=True)
+    print(f"\n| workload, MiB of live tensors | {' | '.join(MEMORY)} |\n{'|---' * (1 + len(MEMORY))}|")
+    for workload in options.workloads.split(","):
+        print(memory_line(workload, place), flush=True)
 
 
 if __name__ == "__main__":

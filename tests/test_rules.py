@@ -54,6 +54,48 @@ def test_by_the_fallback(op: Op, call: testing.Sample) -> None:
     testing.check_rule(op, [call], fallback="allow")
 
 
+def single(value: Tensor) -> Tensor:
+    """A sample's tensor in single precision, as what it was."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return value
+    shorter = value.detach().to(torch.complex64 if value.is_complex() else torch.float32)
+    return nn.Parameter(shorter) if isinstance(value, nn.Parameter) else shorter
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["as it is", "under autocast"])
+@pytest.mark.parametrize(("op", "call"), cases([*EXACT, *SLOW]))
+@pytest.mark.filterwarnings("ignore")
+def test_results_are_those_of_the_op(op: Op, call: testing.Sample, cast: bool) -> None:
+    """The model must not see that it is recorded: types, shapes, memory order and values, also where autocast chooses the type."""
+    new = {id(x): single(x) for _, x in testing._named(call) if isinstance(x, Tensor)}
+    args, kwargs = testing._swapped((call.args, dict(call.kwargs)), new)
+    batched = [new[id(x)] for x in testing._batched(call)]
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(0)
+        out = op(*args, **kwargs)
+        return [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        try:
+            plain = results()
+        except RuntimeError as error:
+            pytest.skip(f"not for single precision: {error}")
+        model = nn.ParameterList([x for x in new.values() if isinstance(x, nn.Parameter)])
+        with sw.record(model, batch_size=call.n, batch_dim=call.batch_dim) as rec:
+            for x in batched:
+                rec.batched(x, call.batch_dim)
+            for key in call.constant:
+                rec.constant(kwargs[key] if isinstance(key, str) else args[key])
+            recorded = results()
+    for found, wanted in zip(recorded, plain, strict=True):
+        assert (found.dtype, found.shape, found.layout) == (wanted.dtype, wanted.shape, wanted.layout)
+        assert found.layout != torch.strided or found.stride() == wanted.stride()
+        torch.testing.assert_close(
+            found.to_dense(), wanted.to_dense(), rtol=0.03 if cast else 1e-4, atol=0.03 if cast else 1e-5
+        )
+
+
 @pytest.mark.parametrize(("op", "call"), cases(OWN))
 def test_parameters_with_rows_for_each_sample(op: Op, call: testing.Sample) -> None:
     """A batch of one is another function here, so the truth is the gradient of each sample's loss in the whole batch."""

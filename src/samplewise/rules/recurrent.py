@@ -5,6 +5,7 @@ Packed sequences are padded and masked, so that a sequence's state stands still 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,27 +183,54 @@ def _unpacked(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     return picked.reshape(len(sizes), sizes[0], *data.shape[1:]), torch.tensor(mask, device=data.device)
 
 
+def _run(
+    op: Callable[..., tuple[Tensor, ...]],
+    cell: Cell,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor | Sequence[Tensor],
+    settings: Sequence[object],
+) -> tuple[Tensor, ...]:
+    """The op from its cell, on rows that are packed if it is given `batch_sizes`."""
+    states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    given = (input,) if batch_sizes is None else (input, batch_sizes)
+    form: Callable[..., tuple[Tensor, ...]] = _padded if batch_sizes is None else _packed
+    results = form(cell, *given, states, *settings)
+    if not torch.is_autocast_enabled(input.device.type) or not input.numel():
+        return results
+    # autocast has some of them compute in the shorter type throughout: which, one step of one sample tells
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # noqa: SLF001
+        first = hx[:, :1] if isinstance(hx, Tensor) else tuple(h[:, :1] for h in hx)
+        fed = (input[:1, :1],) if batch_sizes is None else (input[:1], torch.ones_like(batch_sizes[:1]))
+        params, has_biases, num_layers, _, *others = settings
+        told = op(*fed, first, params, has_biases, num_layers, 0.0, *others)
+    return tuple(x.to(y.dtype) for x, y in zip(results, told, strict=True))
+
+
 @expand(_OPS.lstm)
-def lstm(input: Tensor, second: Tensor | Sequence[Tensor], *rest: object) -> tuple[Tensor, ...]:
+def lstm(input: Tensor, second: Tensor | Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     # lstm(input, hx, params, ...) or, packed, lstm(data, batch_sizes, hx, params, ...)
     if isinstance(second, Tensor):
-        states, *others = rest
-        return _packed(_lstm_cell, input, second, tuple(states), *others)  # type: ignore[arg-type]
-    return _padded(_lstm_cell, input, tuple(second), *rest)  # type: ignore[arg-type]
+        return _run(_OPS.lstm, _lstm_cell, input, second, rest[0], rest[1:])
+    return _run(_OPS.lstm, _lstm_cell, input, None, second, rest)
 
 
 def _single_state(
-    cell: Cell, input: Tensor, second: Tensor, third: Tensor | Sequence[Tensor], *rest: object
+    op: Callable[..., tuple[Tensor, ...]],
+    cell: Cell,
+    input: Tensor,
+    second: Tensor,
+    third: Tensor | Sequence[Tensor],
+    *rest: object,
 ) -> tuple[Tensor, ...]:
     # op(input, hx, params, ...) or, packed, op(data, batch_sizes, hx, params, ...)
     if isinstance(third, Tensor):
-        return _packed(cell, input, second, (third,), *rest)  # type: ignore[arg-type]
-    return _padded(cell, input, (second,), third, *rest)  # type: ignore[arg-type]
+        return _run(op, cell, input, second, third, rest)
+    return _run(op, cell, input, None, second, (third, *rest))
 
 
-expand(_OPS.gru)(partial(_single_state, _gru_cell))
-expand(_OPS.rnn_tanh)(partial(_single_state, _tanh_cell))
-expand(_OPS.rnn_relu)(partial(_single_state, _relu_cell))
+for _op, _cell in ((_OPS.gru, _gru_cell), (_OPS.rnn_tanh, _tanh_cell), (_OPS.rnn_relu, _relu_cell)):
+    expand(_op)(partial(_single_state, _op, _cell))
 
 
 @expand(_OPS._pack_padded_sequence)  # noqa: SLF001

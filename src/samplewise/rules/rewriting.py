@@ -1,7 +1,7 @@
 """Composite ops that reach C++ whole, rewritten in terms of ops that the recording follows."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samplewise.registry import expand
+
+
+def _as_computed(op: Callable[..., Tensor], dims: Sequence[int], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Operands in the type that autocast has an op compute in, which the op tells by one number of each operand."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # noqa: SLF001
+        dtype = op(*(x.new_zeros([1] * ndim) for x, ndim in zip(tensors, dims, strict=True))).dtype
+    return [x.to(dtype) for x in tensors]
 
 
 @expand(torch._C._VariableFunctions.broadcast_tensors)  # type: ignore[attr-defined]  # noqa: SLF001
@@ -24,6 +33,7 @@ def masked_fill(input: Tensor, mask: Tensor, value: object) -> Tensor:
 
 @expand(torch.prelu)
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    input, weight = _as_computed(torch.prelu, (1, 1), (input, weight))
     # slopes per channel, axis 1, or one for all
     slope = weight.reshape(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 else weight
     return torch.where(input > 0, input, slope * input)
@@ -31,8 +41,11 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 @expand(torch.bilinear)
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
-    return out if bias is None else out + bias
+    given = (input1, input2, weight) if bias is None else (input1, input2, weight, bias)
+    a, b, w, *added = _as_computed(torch.bilinear, (2, 2, 3, 1)[: len(given)], given)
+    with torch.autocast(input1.device.type, enabled=False):
+        out = torch.einsum("...i,oij,...j->...o", a, w, b)
+    return out + added[0] if added else out
 
 
 @expand(torch._grouped_mm)  # noqa: SLF001
@@ -60,6 +73,7 @@ def pad_sequence(
 
 @expand(torch.linalg.vecdot)
 def vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
+    x, y = _as_computed(torch.linalg.vecdot, (1, 1), (x, y))
     return (x.conj() * y).sum(dim)
 
 
