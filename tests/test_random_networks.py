@@ -39,6 +39,10 @@ FOUND = [
     (Case((("overwritten", 5),), n=2, how=2), "shares refused"),
     # the innermost of two checkpoints of the old kind filled `.grad`
     (Case((("checkpointed", 7), ("checkpointed", 1), ("tied", 30)), n=2), "exact refused"),
+    # put in order twice by the same sort, within an expert, which for these data brings them back
+    (Case((("scale", 0), ("slow", 236), ("experts", 52), ("paired", 53)), n=2, t=3, d=3, seed=467), "refused"),
+    # an op that autocast leaves alone, which we write as products that it does not
+    (Case((("autocast", 158), ("paired", 177), ("overloaded product", 200)), n=2, t=1), "exact"),
     # a rule's argument that it does not need, on ragged rows
     (Case((("routed", 123), ("norm", 2)), n=2, d=3), "exact"),
     # rows of the right samples, in an order that the others decided

@@ -219,6 +219,56 @@ def test_experts(run, n, seed):
     assert not sw.verify(model, lambda m, h: m(h).sin().sum((1, 2)), h).failures
 
 
+def for_each_expert(run):
+    """`run(expert, rows, order, places)` gives new rows and their places."""
+
+    def every(model, h, choice):
+        out = torch.zeros_like(h)
+        for e, expert in enumerate(model.experts):
+            places = (choice == e).nonzero()[:, 0]
+            if len(places):
+                new, there = run(expert, h[places], h[places][:, 0].argsort(), places)
+                out = out.index_add(0, there, new)
+        return out
+
+    return every
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda expert, h, order, places: (expert(h[order])[order.argsort()], places),
+        lambda expert, h, order, places: (expert(h[order]), places[order]),
+        lambda expert, h, order, places: ((expert(h[order]) * h[order])[order.argsort()], places),
+        lambda expert, h, order, places: (expert(h[order] * h[order][:, :1]), places[order]),
+        lambda expert, h, order, places: (expert(h[order][order.argsort()] * h), places),
+    ],
+)
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_sorted_within_their_expert(run, seed):
+    torch.manual_seed(seed)
+    model, h = Experts(for_each_expert(run)).double(), x(3, 4, 4, seed=seed)
+    assert not sw.verify(model, lambda m, h: m(h).sin().sum((1, 2)), h).failures
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda expert, h, order, places: (expert(h[order]), places),
+        lambda expert, h, order, places: (expert(h[order])[order], places),
+        lambda expert, h, order, places: (expert(h), places[order]),
+        lambda expert, h, order, places: (expert(h[order] * h), places[order]),
+    ],
+)
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_beside_rows_in_another_order_are_refused(run, seed):
+    """Also where the orders of this batch happen to agree: other data would have others."""
+    torch.manual_seed(seed)
+    model, h = Experts(for_each_expert(run)).double(), x(2, 2, 4, seed=seed)
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_norms(model, lambda m, h: m(h).sin().sum((1, 2)), h)
+
+
 def split_in_the_middle(model, h, choice):
     order = choice.clamp(max=1).argsort(stable=True)
     low, high = h[order].chunk(2)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from .axes import NOBODY, Axis, Call, Lost, Selection, Where, in_step_now
+from .axes import HOST, NOBODY, Axis, Call, Lost, Selection, Where, in_step_now
 from .contractions import CONTRACTIONS
 from .errors import SampleAxisError
 from .movement import dim_of, without
@@ -33,6 +33,8 @@ def broadcast(call: Call, out: Tensor) -> Where:
                 plain = not any(own.chosen for _, own in call.placed())
                 return Lost(call.name, linear=plain and call.name in {"add", "sub"}, uniform=False)
             found = merged
+        if not axis.in_step(other):
+            return Lost(call.name)
         found = found if found.chosen is not None else replace(found, chosen=placed.chosen)
     return Lost(call.name) if found.chosen is not None and _placed_by_a_constant(call, out, found) else found
 
@@ -224,24 +226,41 @@ def _picked(axis: Axis, own: Where | None, index: Tensor, n: int) -> Selection |
     """Whether the data chose the rows that an index takes; False if it mixes samples in doing so."""
     rows = axis.size(n)
     if isinstance(own, Lost):
-        return _reordered(axis, own, index) if _takes_all(index, rows) else False
+        return _reordered(axis, own, index, n) if _takes_all(index, rows) else False
     if own is not None:
         return own.chosen
     places = (index.flatten() % max(1, rows)).tolist()
     if axis.chosen is not None and (len(set(places)) < len(places) or not axis.may_take(places, n)) and not in_step_now():
         return False
-    return axis.chosen and Selection()
+    if axis.chosen is None or _in_order(axis, axis.chosen, index.flatten().cpu(), n):
+        return axis.chosen and axis.chosen.before()
+    return axis.chosen.moved()
 
 
-def _reordered(axis: Axis, own: Lost, index: Tensor) -> Selection | None:
-    """The rows in an order that the batch decided; None if that brings them back to where they were."""
-    before = None if axis.chosen is None else axis.chosen.places
-    places = index.flatten().cpu() if before is None else before[index.flatten().cpu()]
-    again = axis.chosen is not None and own.order is not None and own.order is axis.chosen.order
-    if before is not None and not again and places.equal(places.sort()[0]):
-        return None
-    keys = own.keys if own.keys is not None and len(own.keys) == len(places) else None
-    return Selection(keys, None if again or (axis.chosen is not None and before is None) else places, own.order)
+def _reordered(axis: Axis, own: Lost, index: Tensor, n: int) -> Selection | None:
+    """The rows in an order that the batch decided; as they were before if that brings them back."""
+    rows, before = index.flatten().cpu(), axis.chosen or Selection()
+    picked = axis.chosen is not None and (before.picked or before.order is None)
+    keys = own.keys if own.keys is not None and len(own.keys) == len(rows) else None
+    if before.order is None:
+        return Selection(keys, rows, own.order or object(), picked)
+    if own.order is before.order:
+        # the same sort again
+        return Selection(keys, order=object(), picked=picked)
+    if _in_order(axis, before, rows, n):
+        return before.before()
+    places = None if before.places is None else before.places[rows]
+    return Selection(keys, places, own.order or object(), picked)
+
+
+def _in_order(axis: Axis, chosen: Selection, rows: Tensor, n: int) -> bool:
+    """Whether taking rows undoes all sorts; where what these did was not followed, one row of each sample tells."""
+    if chosen.order is None:
+        return False
+    if chosen.places is None:
+        return not chosen.picked and len(rows) == n and axis.owners(n)[rows].equal(torch.arange(n, device=HOST))
+    places = chosen.places[rows]
+    return places.equal(places.sort()[0])
 
 
 def _takes_all(index: Tensor, rows: int) -> bool:

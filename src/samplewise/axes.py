@@ -16,14 +16,27 @@ class Selection:
 
     # what they were sorted by, in that order: rows of one key stand together, and may be taken together
     keys: tuple[int, ...] | None = None
-    # the places they had before, while that is known
+    # the places they had before they were sorted, while that is known
     places: Tensor | None = None
-    # the sort they were put in order by: to use it again is not the way back
+    # the sort they were put in order by, which to use again is not the way back, or what else changed their order; None for rows in order
     order: object = None
+    # whether they were picked before they were sorted: places are among those picked
+    picked: bool = False
 
     def part(self, rows: slice) -> "Selection":
         """What is known of some of the rows."""
-        return Selection(self.keys and self.keys[rows], None if self.places is None else self.places[rows], self.order)
+        places = None if self.places is None else self.places[rows]
+        return Selection(
+            self.keys and self.keys[rows], places, self.order and (object() if places is None else self.order), self.picked
+        )
+
+    def before(self) -> "Selection | None":
+        """What there was to say before the rows were sorted."""
+        return Selection() if self.picked else None
+
+    def moved(self) -> "Selection":
+        """What is left to say of rows that went to other places."""
+        return Selection(order=self.order and object(), picked=self.picked)
 
     def may_take(self, places: Iterable[int], axis: "Axis", n: int) -> bool:
         """Whether rows at some places are told from the others by their own keys, and not by the other samples."""
@@ -103,6 +116,10 @@ class Axis:
     def may_take(self, places: Iterable[int], n: int) -> bool:
         """Whether rows may be taken by their place."""
         return self.chosen is None or self.chosen.may_take(places, self, n)
+
+    def in_step(self, other: "Axis") -> bool:
+        """Whether rows that meet row by row are in one order, as far as the data changed it."""
+        return in_step_now() or (self.chosen and self.chosen.order) is (other.chosen and other.chosen.order)
 
     def __str__(self) -> str:
         """For messages."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from .axes import Axis, Call, Lost, Selection, Where, in_step_now
+from .axes import Axis, Call, Lost, Where, in_step_now
 
 Single = Callable[[Call, Tensor, Axis, Tensor], Where]
 
@@ -26,7 +26,7 @@ def reshaped(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     if there is None or axis.chosen is None or there.size(call.n) == axis.size(call.n):
         return replace(there, chosen=axis.chosen) if there else Lost(call.name)
     # rows in an order that the data decided have no places to be split into
-    return replace(there, chosen=Selection()) if in_step_now() else Lost(call.name)
+    return replace(there, chosen=axis.chosen.moved()) if in_step_now() else Lost(call.name)
 
 
 def through_reshape(axis: Axis, n: int, old: Size, new: Size) -> Axis | None:

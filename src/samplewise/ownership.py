@@ -65,11 +65,18 @@ def moved(function: Callable[..., object]) -> Several:
         keys, places = (
             _carried(call, function, data, place, where.dim, told) for told in (lambda c: c.keys, lambda c: c.places)
         )
-        return replace(
-            where, chosen=Selection(keys, None if places is None else torch.tensor(places, dtype=torch.long, device=HOST))
-        )
+        return replace(where, chosen=_joined_selection(call, keys, places))
 
     return move
+
+
+def _joined_selection(call: Call, keys: tuple[int, ...] | None, places: tuple[int, ...] | None) -> Selection:
+    """What is known of rows of several operands: the sort they are in by, if they all are, and none was picked beside it."""
+    chosen = [axis.chosen or Selection() for _, axis in call.placed()]
+    orders = {id(own.order): own.order for own in chosen}
+    if places is not None and len(orders) == 1 and chosen[0].order is not None and len({own.picked for own in chosen}) == 1:
+        return Selection(keys, torch.tensor(places, dtype=torch.long, device=HOST), chosen[0].order, chosen[0].picked)
+    return Selection(keys, order=object() if any(own.order for own in chosen) else None)
 
 
 def _may_take(call: Call, function: Callable[..., object], data: tuple[Any, ...], place: int) -> bool:
@@ -124,7 +131,7 @@ def reshaped_alike(call: Call, out: Tensor) -> Where:
         return Lost(call.name)
     if axis.chosen is None or there.size(call.n) == axis.size(call.n):
         return replace(there, chosen=axis.chosen)
-    return replace(there, chosen=Selection()) if in_step_now() else Lost(call.name)
+    return replace(there, chosen=axis.chosen.moved()) if in_step_now() else Lost(call.name)
 
 
 def occurring(call: Call, _: Tensor) -> Where:
@@ -219,14 +226,17 @@ def along_dim(call: Call, _: Tensor) -> Where:
 
 def _put_back(call: Call, index: Tensor, source: object, where: Where) -> Where:
     """Rows written to places that the batch decided are in order again if those are the places they came from."""
-    if isinstance(where, Lost) or not isinstance(call.where(index), Lost):
-        return where
     own = call.where(source) if isinstance(source, Tensor) else None
-    places = own.chosen.places if isinstance(own, Axis) and own.chosen is not None else None
+    to = call.where(index)
+    if isinstance(to, Axis) and isinstance(own, Axis):
+        return where if isinstance(where, Lost) or to.in_step(own) else Lost(call.name)
+    if isinstance(where, Lost) or not isinstance(to, Lost):
+        return where
+    places = own.chosen.places if isinstance(own, Axis) and own.chosen is not None and not own.chosen.picked else None
     if places is None or places.shape != index.shape:
-        return replace(where, chosen=Selection())
+        return replace(where, chosen=Selection(order=object()))
     back = places[index.cpu().argsort(stable=True)]
-    return where if back.equal(back.sort()[0]) else replace(where, chosen=Selection())
+    return where if back.equal(back.sort()[0]) else replace(where, chosen=Selection(order=object()))
 
 
 def scattered(call: Call, _: Tensor) -> Where:
@@ -313,8 +323,9 @@ def _assigned(call: Call, target: Tensor, index: Any, value: Any, *, adds: bool)
         adds,
     )
     after = write.after(call)
-    lost = [x for x in tensors_in(index) if isinstance(call.where(x), Lost)]
-    return _put_back(call, lost[0], value, after) if lost and after else after
+    # those at places that the batch decided first
+    by = sorted((x for x in tensors_in(index) if call.where(x) is not None), key=lambda x: isinstance(call.where(x), Axis))
+    return _put_back(call, by[0], value, after) if by and after else after
 
 
 def _constant_target(call: Call, target: Tensor) -> Call:
