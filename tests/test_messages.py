@@ -324,6 +324,24 @@ TOGETHER, WHERE = "Keep the samples apart", r"in '[\w.]+' \(test_messages.py, li
 AXES = {"found": r"\(3, .* with samples on axis \d.* and \(3, .* with samples on axis \d", "remedy": r"rec.constant\(tensor\)"}
 
 
+def hooked_late(self, b):
+    rows = self.w.expand(len(b), -1)
+    out = b * rows
+    rows.register_hook(lambda grad: grad)
+    return out
+
+
+def legacy_hook():
+    model = nn.Sequential(linear())
+    model[0].register_backward_hook(lambda *_: None)
+    run(model)
+
+
+@torch.inference_mode()
+def in_inference_mode():
+    run(linear())
+
+
 def hooked_twice(self: nn.Module, b: Tensor) -> Tensor:
     v = self.w * 2
     v.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
@@ -629,6 +647,22 @@ CASES: dict[str, Case] = {
     ),
     "attaching.refuse_unrecordable: lazy": Case(
         lambda: run(nn.LazyLinear(2)), "^record: ", "no shape yet", "Run the model once", "the model"
+    ),
+    "attaching.refuse_unrecordable: scripted": Case(
+        lambda: run(torch.jit.script(linear())), "^record: ", "scripted module", "Record the module that was scripted"
+    ),
+    "attaching.refuse_legacy_hook: on a module": Case(
+        legacy_hook, "^0: ", "`register_backward_hook`", "Use `register_full_backward_hook`"
+    ),
+    "collecting.Collector.refuse_bypassed_hooks: after the use": Case(
+        lambda: run(Net(hooked_late, w=x(1, D))).grads(),
+        "^record: ",
+        "a hook put on the expansion after its use",
+        "Register the hook before",
+        "w",
+    ),
+    "recording.Recording.__init__: inference mode": Case(
+        in_inference_mode, "^record: ", "inference mode is on", "Leave `torch.inference_mode", kind=sw.SamplewiseError
     ),
     "attaching.refuse_hooks: a hook on a gradient": Case(hooked, "^weight: ", "has a hook", "Remove it", "weight"),
     "recording.Recording._enter_model: a second batch": Case(

@@ -48,6 +48,24 @@ def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
             "before the recording."
         )
 
+    if isinstance(modules.get(""), torch.jit.ScriptModule):
+        raise UnsupportedOpError(
+            "record: the model is a scripted module, and the recording cannot see into it. Record the module that was scripted."
+        )
+
+
+def with_legacy_hooks(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules with hooks by `register_backward_hook`, which look at the gradients of the last op that ran in them."""
+    return {name: m for name, m in modules.items() if m._backward_hooks and m._is_full_backward_hook is False}  # noqa: SLF001
+
+
+def refuse_legacy_hook(name: str) -> None:
+    """Such a hook would see other gradients, and change no parameter's."""
+    raise UnsupportedOpError(
+        f"{name or 'the model'}: has a hook by `register_backward_hook`, which here would not see the gradients that it sees in plain "
+        "PyTorch. Use `register_full_backward_hook`."
+    )
+
 
 def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
     """A hook would change an ordinary gradient, which does not exist here."""
@@ -102,9 +120,16 @@ def is_packed(value: object) -> TypeGuard[PackedSequence]:
     return isinstance(value, PackedSequence)
 
 
+def place_of(x: Tensor, dim: int) -> int | None:
+    """The axis of a tensor that a number means, which counts from the end if it is negative; None where there is none."""
+    return dim % x.ndim if -x.ndim <= dim < x.ndim else None
+
+
 def common_size(model: nn.Module, inputs: list[Tensor], packed: list[PackedSequence], dim: int) -> int:
     """The batch size, if the inputs of a model agree on it."""
-    sizes = sorted({x.shape[dim] for x in inputs if x.ndim > dim} | {int(x.batch_sizes[0]) for x in packed})
+    sizes = sorted(
+        {x.shape[place] for x in inputs if (place := place_of(x, dim)) is not None} | {int(x.batch_sizes[0]) for x in packed}
+    )
     if len(sizes) != 1:
         found = f"sizes {', '.join(map(str, sizes))}" if sizes else "no tensor with such an axis"
         raise ValueError(

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,19 @@ class Shared:
     names: frozenset[str]
     # every entry is another entry of one parameter: transposes, reshapes, slices, casts
     isometric: bool = True
-    # the tensor this one is an expansion of
-    unexpanded: Tensor | None = field(default=None, compare=False)
+    # the tensor this one is an expansion of, and the version it had
+    unexpanded: tuple[Tensor, int] | None = field(default=None, compare=False)
+    # of a derived tensor; in another one it was written to, perhaps through a view
+    version: int | None = field(default=None, compare=False)
+
+    def now(self, tensor: Tensor) -> "Shared":
+        """What is left of it: entries that were written to are no longer others of a parameter, nor of what was expanded."""
+        origin = self.unexpanded
+        if self.version is not None and tensor._version != self.version:  # noqa: SLF001
+            return Shared(self.names, isometric=False, version=tensor._version)  # noqa: SLF001
+        if origin is not None and origin[0]._version != origin[1]:  # noqa: SLF001
+            return replace(self, unexpanded=None)
+        return self
 
 
 class Source(NamedTuple):
@@ -189,6 +200,8 @@ class Collector:
         self._consumed: set[str] = set()
         # the graph nodes of tensors that parameters were derived through, and what lists the hooks there
         self._hooks: dict[Any, list[Mapping[int, Any]]] = {}
+        # the same of expansions that entered as what they expand, past their own nodes
+        self._bypassed: dict[Any, tuple[Source, list[Mapping[int, Any]]]] = {}
         self.empty = True
 
     def expect(self, source: Source, op: str, how: str) -> Uses:
@@ -205,8 +218,25 @@ class Collector:
 
     def note_hooks(self, tensor: Tensor) -> None:
         """A tensor computed from parameters is used: hooks on it or its node will see the gradients that are pulled back through it."""
-        if not tensor.is_leaf and tensor.grad_fn not in self._hooks:
+        # without grad mode a view that is written to has no history, and torch refuses to look for it
+        if torch.is_grad_enabled() and not tensor.is_leaf and tensor.grad_fn not in self._hooks:
             self._hooks[tensor.grad_fn] = list(_hook_lists(tensor))
+
+    def bypass(self, tensor: Tensor, source: Source) -> bool:
+        """Whether no hook is on an expansion that enters as its source; such as come later are refused in the end."""
+        hooks = list(_hook_lists(tensor))
+        if not any(hooks):
+            self._bypassed[tensor.grad_fn] = source, hooks
+        return not any(hooks)
+
+    def refuse_bypassed_hooks(self) -> None:
+        """Refuse hooks that came after the use of an expansion, and did not see its gradient."""
+        for source, hooks in self._bypassed.values():
+            if any(hooks):
+                raise UnsupportedOpError(
+                    f"record: {', '.join(sorted(source.names))} was expanded over the samples, and a hook put on the expansion after its "
+                    "use, which its gradient does not pass. Register the hook before the use."
+                )
 
     def expect_hidden(self, names: frozenset[str]) -> None:
         """Note a use without gradient, such as the first pass of a checkpoint: its parameter cannot finish early."""
@@ -269,6 +299,7 @@ class Collector:
 
     def finish(self) -> None:
         """Hand what has not been consumed yet to `consume`."""
+        self.refuse_bypassed_hooks()
         if self.consume is not None and self._arrived:
             for name, factor in self.factors().items():
                 self.consume(name, factor)
@@ -280,6 +311,7 @@ class Collector:
         Raises:
             SamplewiseError: If a tensor that the gradients are made of was changed in place since the backward.
         """
+        self.refuse_bypassed_hooks()
         opaque = self._opaque()
         terms: dict[str, list[Factor]] = {}
         for arrived in self._arrived.values():

@@ -177,9 +177,10 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
             f"{call.name}: joins samples with {names_of(recording, [tensor])} along the sample axis (axis {dim}, {rows} rows and "
             f"{value.shape[dim]}). Join along another axis, with the parameter expanded over the samples."
         )
-    hooked = bool(tensor._backward_hooks)  # noqa: SLF001
-    if own and kind.unexpanded is not None and not hooked and _expands_along(kind.unexpanded, value, dim):
-        origin = kind.unexpanded
+    before = kind.unexpanded and kind.unexpanded[0]
+    if own and before is not None and _expands_along(before, value, dim):
+        source = source_of(recording, before)
+        origin = before if recording.collector.bypass(tensor, source) else tensor
     source = source_of(recording, origin)
     uses = recording.collector.expect(source, call.name, "rows")
     diagonal = own and origin is tensor
@@ -207,7 +208,7 @@ def spreads(recording: Recorder, tensor: Tensor, like: Tensor, axis: Axis) -> bo
     """Whether a shared tensor was expanded over the samples, from one row for all of them, as `like` has them on `axis`."""
     kind = recording.kind(tensor)
     own = tensor.ndim == like.ndim and tensor.shape[axis.dim] == like.shape[axis.dim]
-    origin = kind.unexpanded if own and isinstance(kind, Shared) else None
+    origin = kind.unexpanded[0] if own and isinstance(kind, Shared) and kind.unexpanded else None
     return origin is not None and _expands_along(origin, tensor, axis.dim)
 
 

@@ -1,6 +1,7 @@
 """What is known of tensors, by identity, forgotten when they are."""
 
 import weakref
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -24,6 +25,13 @@ class Notes(Generic[Value]):
         """What is known, or None."""
         noted = self._noted.get(id(tensor))
         return None if noted is None or noted() is None else self._values[id(tensor)]
+
+    def items(self) -> Iterator[tuple[Tensor, Value]]:
+        """All that is known of tensors that there still are."""
+        for key, noted in list(self._noted.items()):
+            tensor = noted()
+            if tensor is not None:
+                yield tensor, self._values[key]
 
     def __setitem__(self, tensor: Tensor, value: Value) -> None:
         self._values[id(tensor)] = value

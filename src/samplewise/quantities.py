@@ -13,8 +13,9 @@ from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
 from .factors import Factor, wide
 from .joined import Joined
+from .known import DECLARED_CONSTANT
 from .projections import GaussianProjection
-from .recording import DECLARED_CONSTANT, Recording
+from .recording import Recording
 from .running import unrecorded
 from .strategy import Strategy
 from .sums import Store

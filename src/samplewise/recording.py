@@ -4,8 +4,8 @@ It knows no op by name. How the sample axis moves stands in `sample_axis`, what 
 gradients are in `rules`.
 """
 
+import functools
 import itertools
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,19 +24,21 @@ from .attaching import (
     is_packed,
     packed_owners,
     refuse_hooks,
+    refuse_legacy_hook,
     refuse_loss,
     refuse_new_parameters,
     refuse_unrecordable,
+    with_legacy_hooks,
 )
-from .axes import Axis, Call, Lost, Where, tensors_in
+from .axes import Axis, Call, Lost, tensors_in
 from .buffers import keep_freed_memory
 from .by_rule import meet_again, meeting_before
-from .collecting import Collector, Shared, Source, leaves_of, of_parameter
+from .collecting import Collector, Shared, of_parameter
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError, one_of
 from .factors import Factor
+from .known import DECLARED_CONSTANT, Known
 from .mixing import mix
-from .notes import Notes
-from .ownership import of_base, written
+from .ownership import written
 from .registry import EXPANSIONS, RULES, Operation, operation
 from .remembered import CONSTANT, key_of, recall, remember
 from .running import accumulates, in_backward, in_transform, modes, unrecorded, unwrapped
@@ -45,9 +47,6 @@ from .strategy import Strategy, prepare, using
 from .sums import Store
 from .taps import Factors, Grads, unseen_leaves
 
-# said by the user: stays constant even as an argument of the model
-DECLARED_CONSTANT = "declared constant"
-Kind = Axis | Lost | Shared | str
 UNSEEN = (
     "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
     "compiled module, or a tensor computed before the recording began. Compute it inside the recording from ordinary ops, or give the "
@@ -55,11 +54,8 @@ UNSEEN = (
 )
 
 
-class Recording(TorchFunctionMode):
+class Recording(Known, TorchFunctionMode):
     """Records one batch of one model. The public face is `samplewise.record`."""
-
-    # whether a tensor with a history from outside is batched where its shape says so
-    trusts_shapes = False
 
     def __init__(
         self,
@@ -74,30 +70,27 @@ class Recording(TorchFunctionMode):
         strategy: Strategy | None = None,
         store: Store | None = None,
     ) -> None:
-        super().__init__()
+        TorchFunctionMode.__init__(self)
+        if torch.is_inference_mode_enabled():
+            raise SamplewiseError(
+                "record: inference mode is on, and what is computed in it has no gradients. Leave `torch.inference_mode()` first."
+            )
         one_of("fallback", fallback, "allow", "error")
         one_of("loss_reduction", loss_reduction, "sum", "mean")
-        self.model, self.n, self.batch_dim = model, batch_size, batch_dim
+        Known.__init__(self, batch_size, batch_dim)
+        self.model = model
         self.loss_reduction, self.fallback, self.create_graph = loss_reduction, fallback, create_graph
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.strategy = strategy or Strategy()
         self.collector = Collector(self.parameters, consume, create_graph=create_graph, store=store)
-        self.anchor = torch.zeros((), device="cpu", requires_grad=True)
         self._anchor_node = get_gradient_edge(self.anchor).node
-        self._names_of: dict[int, str] = {}
-        self.sources = dict[int, Source]()
         self._modules: list[nn.Module] = []
-        # what a tensor is, and when that was noted, if in-place ops had changed anything by then
-        self._kinds: Notes[Kind] = Notes()
-        self._noted: Notes[int] = Notes()
-        # memory in which an in-place op changed what a tensor is, and when: other tensors noted before are stale
-        self._changed: dict[int, tuple[torch.UntypedStorage, int]] = {}
-        self._clock = 0
-        self._lost: list[weakref.ref[Tensor]] = []
         self._handles: list[Any] = []
         # with the backward they run in: a checkpoint starts one inside another
         self._sources: list[tuple[Callable[..., Any], int]] = []
         self._open = False
+        # what ran before the batch size was known
+        self._earlier: list[tuple[Operation, tuple[Any, ...], dict[str, Any], Any]] = []
         # a derivative with a graph was taken through a use of a parameter, other than by `backward(losses)`
         self._differentiated = False
         # inside `backward(losses)`, where no reduction has to be undone
@@ -125,6 +118,9 @@ class Recording(TorchFunctionMode):
             self.declare(parameter, kind)
         self._watch()
         self._handles.append(self.model.register_forward_pre_hook(Entrance(self._enter_model), with_kwargs=True, prepend=True))
+        for name, module in with_legacy_hooks(modules).items():
+            refuse = Entrance(functools.partial(self._leave_hooked, name))
+            self._handles.append(module.register_forward_hook(refuse, prepend=True))
         self._open = True
 
     def close(self) -> None:
@@ -133,85 +129,6 @@ class Recording(TorchFunctionMode):
             handle.remove()
         self._handles.clear()
         self._open = False
-
-    # --- kinds --------------------------------------------------------------------------------------------------------------
-
-    def declare(self, tensor: Tensor, kind: Kind) -> None:
-        """Say what a tensor is, whatever its shape suggests."""
-        self._kinds[tensor] = kind
-        if self._clock:
-            self._noted[tensor] = self._clock
-        if isinstance(kind, Lost) and tensor.layout == torch.strided:
-            self._lost.append(weakref.ref(tensor))
-
-    def overwrite(self, tensor: Tensor, kind: Kind, *, mixed: bool = False, base: tuple[Tensor, object] | None = None) -> None:
-        """Say what a tensor is after an in-place op; if that is new, whatever else shares its memory is no longer known.
-
-        `mixed`: samples were brought together in it, whatever it was before; `base`: what it is a view of, and was before.
-        """
-        before = self._kinds.get(tensor) or CONSTANT
-        if isinstance(kind, Axis) and isinstance(before, Axis) and kind.means(before, self.n or 0):
-            kind = before
-        new = mixed or kind != before
-        if new and tensor.layout == torch.strided:
-            self._clock += 1
-            storage = tensor.untyped_storage()
-            self._changed[storage._cdata] = (storage, self._clock)  # noqa: SLF001
-            whole, held = base or (tensor, None)
-            if isinstance(kind, Axis) and (isinstance(held, Axis) or held == CONSTANT):
-                self.declare(whole, of_base(whole, held if isinstance(held, Axis) else None, tensor, kind, self.n or 0))
-        self.declare(tensor, kind)
-
-    def _stale(self, tensor: Tensor) -> bool:
-        strided = tensor.layout == torch.strided
-        changed = self._changed.get(tensor.untyped_storage()._cdata) if strided else None  # noqa: SLF001
-        return changed is not None and changed[1] > (self._noted.get(tensor) or 0)
-
-    def where(self, tensor: Tensor) -> Where | None:
-        """Where the sample axis of a tensor is; None for what does not depend on the samples."""
-        kind = self.kind(tensor)
-        return kind if isinstance(kind, Axis | Lost) else None
-
-    def kind(self, tensor: Tensor) -> Kind:
-        """What a tensor is: placed, lost, shared or constant."""
-        kind = self._kinds.get(tensor) or self._first_seen(tensor)
-        if self._changed and self._stale(tensor):
-            return Lost("an in-place op on a tensor that shares its memory")
-        if type(kind) is Axis:
-            return kind
-        # the kinds that are words are the two of constants
-        if isinstance(kind, str) and tensor.requires_grad and tensor.grad_fn is not None:
-            return self._of_history(tensor)
-        return CONSTANT if isinstance(kind, Shared) and not tensor.requires_grad else kind
-
-    def _of_history(self, tensor: Tensor) -> Kind:
-        """What a tensor is that depends on no sample but has a history: a function of parameters with a backward of its own."""
-        leaves = leaves_of(tensor)
-        if any(leaf is self.anchor for leaf in leaves):
-            return Lost("a function that the recording could not see into")
-        names = frozenset(self._names_of[id(leaf)] for leaf in leaves if id(leaf) in self._names_of)
-        kind: Kind = Shared(names, isometric=False) if names else CONSTANT
-        self.declare(tensor, kind)
-        return kind
-
-    def _first_seen(self, tensor: Tensor) -> Kind:
-        """A tensor made outside: batched if its declared axis has the batch size, else constant."""
-        if isinstance(tensor, nn.Parameter) or self.n is None:
-            return CONSTANT
-        fits = tensor.ndim > self.batch_dim and tensor.shape[self.batch_dim] == self.n
-        kind: Kind = Axis(self.batch_dim) if fits else CONSTANT
-        if tensor.grad_fn is not None and self.n > 1 and not (fits and self.trusts_shapes):
-            # it has a history, of which nothing is known
-            kind = Lost("a function that the recording could not see into")
-        if isinstance(kind, Axis) and tensor.layout == torch.strided:
-            # an opaque function gave back what it was given
-            cells = tensor.untyped_storage()._cdata  # noqa: SLF001
-            shared = (other for ref in self._lost if (other := ref()) is not None and other.untyped_storage()._cdata == cells)  # noqa: SLF001
-            kind = next((where for other in shared if isinstance(where := self.where(other), Lost)), kind)
-        self.declare(tensor, kind)
-        # it may be older than any change
-        self._noted[tensor] = 0
-        return kind
 
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The samples enter: the tensors passed to the model's forward."""
@@ -226,15 +143,33 @@ class Recording(TorchFunctionMode):
         tensors_alone = not kwargs and all(type(x) is Tensor for x in args)
         given = args if tensors_alone else tree_leaves((args, kwargs), is_leaf=is_packed)
         inputs, packed = [x for x in given if isinstance(x, Tensor)], [x for x in given if is_packed(x)]
+        earlier, self._earlier = self._earlier, []
         if self.n is None:
             self.n = common_size(self.model, inputs, packed, self.batch_dim)
         with unrecorded():
             for sequence in packed:
                 self._enter_packed(sequence)
         for x in inputs:
-            unsaid = (self._kinds.get(x) or CONSTANT) == CONSTANT
-            if unsaid and x.ndim > self.batch_dim and x.shape[self.batch_dim] == self.n:
-                self.declare(x, Axis(self.batch_dim))
+            place = self.by_shape(x)
+            if place is not None and (self._kinds.get(x) or CONSTANT) == CONSTANT:
+                self.declare(x, place)
+        for before in earlier:
+            self._follow_later(*before)
+
+    def _follow_later(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Mark the results of an op that ran when the batch size was not known yet."""
+        call = Call(op.name, args, kwargs, self.n or 0, self.where)
+        call.known = {id(x): self.where(x) for x in call.tensors}
+        try:
+            self._mark(op, call, out, [], op.target(args))
+        except SampleAxisError:
+            for x in tensors_in(out):
+                self.declare(x, Lost(op.name))
+
+    def _leave_hooked(self, name: str, _: nn.Module, __: object, out: Any) -> None:
+        """A module with hooks of the old kind gives its result: only what depends on no sample may pass."""
+        if any(self.where(x) is not None for x in tensors_in(out)):
+            refuse_legacy_hook(name)
 
     def _enter_packed(self, sequence: PackedSequence) -> None:
         """The rows of a packed sequence, and the orders that lead to it and back."""
@@ -259,7 +194,7 @@ class Recording(TorchFunctionMode):
         """Run one call: composites through their source, everything else with its sample axis followed."""
         kwargs, op = kwargs or {}, operation(func)
         if op.plain_property:
-            return func(*args, **kwargs)
+            return self._gradient_of(args[0], func(*args, **kwargs)) if op.name == "grad" else func(*args, **kwargs)
         if kwargs and not args:
             args, kwargs = op.in_order(args, kwargs)
         if in_transform():
@@ -271,20 +206,25 @@ class Recording(TorchFunctionMode):
         inner = EXPANSIONS.get(op.name, op.source)
         # a function that comes back to itself checks for overrides in a way of its own: it runs as one op
         if inner is not None and not op.inplace and (func, torch._C._current_graph_task_id()) not in self._sources:  # noqa: SLF001
-            if func is torch.autograd.backward:
-                losses = args[0] if args else kwargs["tensors"]
-                if not in_backward():
-                    self._check_losses(losses)
-                self._look_for_unseen(losses)
-                self._refuse_ordinary(losses, kwargs.get("inputs"))
-            elif func is torch.autograd.grad:
-                self._refuse_ordinary(
-                    *(args[k] if k < len(args) else kwargs[name] for k, name in enumerate(("outputs", "inputs")))
-                )
+            if func in _DERIVATIVES:
+                self._check_derivative(func, args, kwargs)
             out = self._through(func, inner, args, kwargs)
+            if func is torch.autograd.grad:
+                self._note_gradients(args, kwargs, out)
             if out is not NotImplemented:
                 return out
         return self._run(func, op, args, kwargs)
+
+    def _check_derivative(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse derivatives that would not be what they are without a recording, before they are taken."""
+        if func is torch.autograd.grad:
+            self._refuse_ordinary(_argument(args, kwargs, 0, "outputs"), _argument(args, kwargs, 1, "inputs"))
+            return
+        losses = _argument(args, kwargs, 0, "tensors")
+        if not in_backward():
+            self._check_losses(losses)
+        self._look_for_unseen(losses)
+        self._refuse_ordinary(losses, kwargs.get("inputs"))
 
     def _refuse_transform(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         touched = [
@@ -343,9 +283,16 @@ class Recording(TorchFunctionMode):
             out = func(*args, **kwargs)
             if shared and not torch.is_grad_enabled():
                 self.collector.expect_hidden(self._names(shared))
+        if outside and op.name not in TURNS:
+            self._earlier.append((op, args, kwargs, out))
         if not outside:
             self._mark(op, call, out, shared, target)
-            if key is not None and "out" not in kwargs and (not op.inplace or self._is_as_before(call, target)):
+            if (
+                key is not None
+                and "out" not in kwargs
+                and not op.others_written(args, kwargs)
+                and (not op.inplace or self._is_as_before(call, target))
+            ):
                 remember(key, [self.kind(x) for x in call.results])
         return out
 
@@ -380,23 +327,39 @@ class Recording(TorchFunctionMode):
             # what is known already: an operand given back as it is, or a tapped result
             results = [x for x in call.results if self._kinds.get(x) is None]
         for tensor in results:
-            kind: Kind | None = written(call) if op.name == "setitem" else follow(call, tensor)
-            if kind is None:
-                kind = self._derived(op, shared) if tensor.requires_grad and shared else CONSTANT
+            if op.name == "set" and self._is_set(call, tensor):
+                continue
+            where = written(call) if op.name == "setitem" else follow(call, tensor)
+            kind = where or (self._derived(op, shared, tensor) if tensor.requires_grad and shared else CONSTANT)
             if written_to and op.name not in TURNS:
                 self.overwrite(tensor, kind, mixed=isinstance(kind, Lost) and len(call.tensors) > 1, base=call.base)
             else:
                 self.declare(tensor, kind)
 
-    def _derived(self, op: Operation, shared: list[Tensor]) -> Shared:
+    def _is_set(self, call: Call, tensor: Tensor) -> bool:
+        """Note what a tensor is that was given other memory, if that is known of the memory."""
+        source = call.args[1] if len(call.args) > 1 else None
+        if id(tensor) in self.sources or tensor.grad_fn is not None:
+            return False
+        if isinstance(source, Tensor):
+            kind: object = call.known.get(id(source))
+        else:
+            kind = self.of_memory(tensor) or self.by_shape(tensor)
+        if isinstance(kind, Axis | Lost):
+            self.declare(tensor, kind)
+        return isinstance(kind, Axis | Lost)
+
+    def _derived(self, op: Operation, shared: list[Tensor], tensor: Tensor) -> Shared:
         """The kind of a tensor computed from shared and constant ones."""
         (first, *others), names = [self.kind(x) for x in shared], self._names(shared)
         assert isinstance(first, Shared)
-        alone = not others and not op.inplace
-        unexpanded = shared[0] if alone and op.name in EXPANDS else None
+        alone, origin = not others and not op.inplace, shared[0]
+        unexpanded = (origin, origin._version) if alone and op.name in EXPANDS else None  # noqa: SLF001
+        # of a complex gradient a real parameter takes a part
+        moved = op.name in MOVES and tensor.is_complex() == origin.is_complex()
         for x in shared:
             self.collector.note_hooks(x)
-        return Shared(names, alone and first.isometric and op.name in MOVES, unexpanded)
+        return Shared(names, alone and first.isometric and moved, unexpanded, tensor._version)  # noqa: SLF001
 
     def _names(self, shared: list[Tensor]) -> frozenset[str]:
         kinds = [self.kind(x) for x in shared]
@@ -430,6 +393,23 @@ class Recording(TorchFunctionMode):
                 "something that depends on the samples. A recording has no ordinary gradients: take it outside, or ask for it after "
                 "`rec.backward` of a recording with create_graph=True."
             )
+
+    def _note_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
+        """Note what the results of `torch.autograd.grad` are: their samples are where those of the inputs are."""
+        outputs, inputs = (tensors_in((_argument(args, kwargs, k, name),)) for k, name in enumerate(("outputs", "inputs")))
+        mixed = any(isinstance(where := self.where(y), Lost) and not where.linear for y in outputs)
+        for x, grad in zip(inputs, found, strict=True):
+            where = self.where(x)
+            if grad is not None and where is not None and (mixed or grad.shape != x.shape):
+                self.declare(grad, Lost("autograd.grad"))
+            else:
+                self._gradient_of(x, grad)
+
+    def _gradient_of(self, x: Tensor, grad: Tensor | None) -> Tensor | None:
+        """A gradient, noted to have its samples where its tensor has them, as far as nothing else is known of it."""
+        if grad is not None and self._kinds.get(grad) is None and isinstance(where := self.where(x), Axis | Lost):
+            self.declare(grad, where)
+        return grad
 
     def _look_for_unseen(self, losses: Tensor | Sequence[Tensor]) -> None:
         """Before every backward seen, also of a recomputation; a derivative of what was collected may go anywhere."""
@@ -487,6 +467,8 @@ class Recording(TorchFunctionMode):
     def refuse_new_parameters(self) -> None:
         """Refuse what became trainable after the recording began, whose gradient would be missing."""
         refuse_new_parameters(self.model, self._modules, self._names_of)
+        for name, parameter in self.parameters.items():
+            refuse_hooks(name, parameter)
 
     def _check_losses(self, tensors: Tensor | Sequence[Tensor]) -> None:
         if self.create_graph:
@@ -495,3 +477,10 @@ class Recording(TorchFunctionMode):
         self.refuse_new_parameters()
         for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
             refuse_loss(self.kind(loss), self.loss_reduction)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    return args[place] if place < len(args) else kwargs[name]
+
+
+_DERIVATIVES = (torch.autograd.backward, torch.autograd.grad)

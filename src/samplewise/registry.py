@@ -188,7 +188,7 @@ def operation(op: Callable[..., Any]) -> Operation:
         (raw.endswith("_") and not raw.endswith("__")) or raw in _INPLACE_DUNDERS or any(place == 0 for place, _ in written)
     )
     writes = tuple(sorted((place, name) for place, name in written if place))
-    name, first = raw.strip("_"), _first_names(overloads) if overloads else _FIRST
+    name, first = raw if raw in _OWN_NAMES else raw.strip("_"), _first_names(overloads) if overloads else _FIRST
     if name in {"polygamma", "special_polygamma"}:
         # an order comes first
         first = ()
@@ -235,9 +235,11 @@ _TENSOR_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 _PLAIN_METHODS = frozenset(
     [
         *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "__len__"),
-        *("is_contiguous", "is_floating_point", "is_complex", "get_device"),
+        *("is_contiguous", "is_floating_point", "is_complex", "get_device", "requires_grad_"),
     ]
 )
+# Not what the op without the underscore is: a padding of -1 means none, and not the last row.
+_OWN_NAMES = frozenset({"_embedding_bag"})
 _INPLACE_DUNDERS = frozenset({"__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"})
 
 

@@ -28,7 +28,7 @@ def embedding(
     n, t, d = grad.shape[0], input[:1].numel(), grad.shape[-1]
     index, value = input.reshape(n, t), grad.reshape(n, t, d)
     if padding_idx >= 0:
-        value = value * (index != padding_idx)[..., None]
+        value = value.masked_fill((index == padding_idx)[..., None], 0)
     return {"weight": Rows(index, value, weight.shape)}
 
 

@@ -20,6 +20,15 @@ def _as_computed(op: Callable[..., Tensor], dims: Sequence[int], tensors: Sequen
     return [x.to(dtype) for x in tensors]
 
 
+@expand(torch.Tensor.__deepcopy__)
+def deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Any:
+    if type(tensor) is not Tensor or not tensor.is_leaf or tensor.layout != torch.strided or vars(tensor):
+        return NotImplemented
+    if id(tensor) not in memo:
+        memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]
+
+
 @expand(torch._C._VariableFunctions.broadcast_tensors)  # type: ignore[attr-defined]  # noqa: SLF001
 def broadcast_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))

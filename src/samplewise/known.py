@@ -1,0 +1,164 @@
+"""What is known of the tensors of a recording: which carry the samples, which are shared by them, and what in-place ops changed."""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attaching import place_of
+from .axes import Axis, Lost, Where
+from .collecting import Shared, Source, leaves_of
+from .notes import Notes
+from .ownership import of_base
+from .remembered import CONSTANT
+
+# said by the user: stays constant even as an argument of the model
+DECLARED_CONSTANT = "declared constant"
+Kind = Axis | Lost | Shared | str
+
+
+class Change(NamedTuple):
+    """That an in-place op changed what the tensors in some memory are."""
+
+    storage: torch.UntypedStorage
+    clock: int
+    # whether nothing that depends on the samples was ever written there
+    plain: bool
+
+
+class Known:
+    """Notes on tensors, and what to think of those that are seen for the first time."""
+
+    # whether a tensor with a history from outside is batched where its shape says so
+    trusts_shapes = False
+
+    def __init__(self, batch_size: int | None, batch_dim: int) -> None:
+        self.n, self.batch_dim = batch_size, batch_dim
+        # what every tapped result has in its history
+        self.anchor = torch.zeros((), device="cpu", requires_grad=True)
+        # parameters by id, and their uses
+        self._names_of: dict[int, str] = {}
+        self.sources = dict[int, Source]()
+        # what a tensor is, and when that was noted, if in-place ops had changed anything by then
+        self._kinds: Notes[Kind] = Notes()
+        self._noted: Notes[int] = Notes()
+        # memory in which an in-place op changed what a tensor is, and when: other tensors noted before are stale
+        self._changed: dict[int, Change] = {}
+        self._clock = 0
+        self._lost: list[weakref.ref[Tensor]] = []
+
+    def declare(self, tensor: Tensor, kind: Kind) -> None:
+        """Say what a tensor is, whatever its shape suggests."""
+        self._kinds[tensor] = kind
+        if self._clock:
+            self._noted[tensor] = self._clock
+        if isinstance(kind, Lost) and tensor.layout == torch.strided:
+            self._lost.append(weakref.ref(tensor))
+
+    def overwrite(self, tensor: Tensor, kind: Kind, *, mixed: bool = False, base: tuple[Tensor, object] | None = None) -> None:
+        """Say what a tensor is after an in-place op; if that is new, whatever else shares its memory is no longer known.
+
+        `mixed`: samples were brought together in it, whatever it was before; `base`: what it is a view of, and was before.
+        """
+        before = self._kinds.get(tensor) or CONSTANT
+        if isinstance(kind, Axis) and isinstance(before, Axis) and kind.means(before, self.n or 0):
+            kind = before
+        new = mixed or kind != before
+        if new and tensor.layout == torch.strided:
+            self._clock += 1
+            storage = tensor.untyped_storage()
+            earlier = self._changed.get(storage._cdata)  # noqa: SLF001
+            plain = isinstance(kind, Shared | str) and (earlier is None or earlier.plain)
+            self._changed[storage._cdata] = Change(storage, self._clock, plain)  # noqa: SLF001
+            whole, held = base or (tensor, None)
+            if isinstance(kind, Axis) and (isinstance(held, Axis) or held == CONSTANT):
+                self.declare(whole, of_base(whole, held if isinstance(held, Axis) else None, tensor, kind, self.n or 0))
+        self.declare(tensor, kind)
+
+    def _stale(self, tensor: Tensor) -> Change | None:
+        strided = tensor.layout == torch.strided
+        changed = self._changed.get(tensor.untyped_storage()._cdata) if strided else None  # noqa: SLF001
+        return changed if changed is not None and changed.clock > (self._noted.get(tensor) or 0) else None
+
+    def where(self, tensor: Tensor) -> Where | None:
+        """Where the sample axis of a tensor is; None for what does not depend on the samples."""
+        kind = self.kind(tensor)
+        return kind if isinstance(kind, Axis | Lost) else None
+
+    def kind(self, tensor: Tensor) -> Kind:
+        """What a tensor is: placed, lost, shared or constant."""
+        kind = self._kinds.get(tensor) or self._first_seen(tensor)
+        if self._changed and (change := self._stale(tensor)) is not None:
+            return self._rewritten(tensor, kind, change)
+        if type(kind) is Axis:
+            return kind
+        if type(kind) is Shared:
+            return (kind if kind.version is None else kind.now(tensor)) if tensor.requires_grad else CONSTANT
+        # the kinds that are words are the two of constants
+        if isinstance(kind, str) and tensor.requires_grad and tensor.grad_fn is not None:
+            return self._of_history(tensor)
+        return kind
+
+    def _rewritten(self, tensor: Tensor, kind: Kind, change: Change) -> Kind:
+        """What a tensor is whose memory was written to through another one."""
+        if id(tensor) in self.sources:
+            # a parameter that was set, without a graph
+            return kind
+        if not change.plain or isinstance(kind, Axis | Lost):
+            return Lost("an in-place op on a tensor that shares its memory")
+        # nothing of the samples came: its history has all there is to say
+        self.declare(tensor, CONSTANT)
+        return self._of_history(tensor)
+
+    def _of_history(self, tensor: Tensor) -> Kind:
+        """What a tensor is that depends on no sample but has a history: a function of parameters with a backward of its own."""
+        leaves = leaves_of(tensor)
+        if any(leaf is self.anchor for leaf in leaves):
+            return Lost("a function that the recording could not see into")
+        names = frozenset(self._names_of[id(leaf)] for leaf in leaves if id(leaf) in self._names_of)
+        kind: Kind = Shared(names, isometric=False, version=tensor._version) if names else CONSTANT  # noqa: SLF001
+        self.declare(tensor, kind)
+        return kind
+
+    def by_shape(self, tensor: Tensor) -> Axis | None:
+        """The declared axis, where it has the batch size."""
+        place = place_of(tensor, self.batch_dim)
+        return Axis(place) if place is not None and tensor.shape[place] == self.n else None
+
+    def of_memory(self, tensor: Tensor) -> Kind | None:
+        """What a tensor is that came to the memory of another one in a way that was not followed; None if nothing is known of that."""
+        if tensor.layout != torch.strided:
+            return None
+        cells, layout = tensor.untyped_storage()._cdata, (tensor.shape, tensor.stride(), tensor.storage_offset())  # noqa: SLF001
+        found: Kind | None = None
+        for other, kind in self._kinds.items():
+            shares = other is not tensor and other.layout == torch.strided and other.untyped_storage()._cdata == cells  # noqa: SLF001
+            if not shares or not isinstance(kind, Axis | Lost):
+                continue
+            if isinstance(kind, Axis) and (other.shape, other.stride(), other.storage_offset()) == layout:
+                return kind
+            found = Lost("a tensor made of the memory of another one")
+        return found
+
+    def _first_seen(self, tensor: Tensor) -> Kind:
+        """A tensor made outside: batched if its declared axis has the batch size, else constant."""
+        if isinstance(tensor, nn.Parameter) and self.n is not None:
+            # it may have been made of samples
+            return self.of_memory(tensor) or CONSTANT
+        if self.n is None:
+            return CONSTANT
+        kind: Kind = self.by_shape(tensor) or CONSTANT
+        fits = kind != CONSTANT
+        if tensor.grad_fn is not None and self.n > 1 and not (fits and self.trusts_shapes):
+            # it has a history, of which nothing is known
+            kind = Lost("a function that the recording could not see into")
+        if isinstance(kind, Axis) and tensor.layout == torch.strided:
+            # an opaque function gave back what it was given
+            cells = tensor.untyped_storage()._cdata  # noqa: SLF001
+            shared = (other for ref in self._lost if (other := ref()) is not None and other.untyped_storage()._cdata == cells)  # noqa: SLF001
+            kind = next((where for other in shared if isinstance(where := self.where(other), Lost)), kind)
+        self.declare(tensor, kind)
+        # it may be older than any change
+        self._noted[tensor] = 0
+        return kind

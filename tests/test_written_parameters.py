@@ -1,0 +1,383 @@
+"""Tensors computed from parameters and written to afterwards: through views, through what they were made of, or by hooks."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import samplewise as sw
+
+N = 4
+
+
+def x(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Net(nn.Module):
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.w, self.function = nn.Parameter(x(*shape, seed=1)), forward
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.function(self, batch)
+
+
+def losses(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).abs().square().flatten(1).sum(1)
+
+
+def exact(model: nn.Module, batch: Tensor) -> None:
+    """Every quantity, and the one-call functions, against the loop."""
+    assert not sw.verify(model, losses, batch).failures
+    rows = sw.per_sample_grads(model, losses, batch)
+    flat = torch.cat([part.flatten(1) for part in rows.values()], 1)
+    norms = torch.view_as_real(flat).flatten(1).norm(dim=1) if flat.is_complex() else flat.norm(dim=1)
+    torch.testing.assert_close(sw.per_sample_norms(model, losses, batch), norms)
+
+
+def written(change: Callable[[Tensor], object], make: Callable[[Tensor], Tensor] = torch.clone) -> Callable[..., Tensor]:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        w = make(model.w)
+        change(w)
+        return F.linear(batch, w)
+
+    return forward
+
+
+CHANGES = {
+    "a row scaled": lambda w: w[0].mul_(3.0),
+    "an entry": lambda w: w[0].__setitem__(1, 0.0),
+    "a column": lambda w: w[:, 0].mul_(2.0),
+    "an activation": lambda w: w[0].relu_(),
+    "every other entry": lambda w: w.view(-1)[::2].mul_(2.0),
+    "a row copied": lambda w: w[0].copy_(w[1].clone()),
+    "the diagonal": lambda w: w.diagonal().zero_(),
+    "a selected row": lambda w: w.select(0, 0).mul_(3.0),
+    "entries set": lambda w: w.view(-1).__setitem__(slice(None, None, 6), 0.0),
+    "a list of views": lambda w: torch._foreach_mul_([w[0]], 2.0),
+    "twice": lambda w: (w[0].mul_(2.0), w[1:].sin_()),
+    "a view of a view": lambda w: w.t()[0].exp_(),
+}
+MAKES = {
+    "clone": torch.clone,
+    "times": lambda w: w * 1.5,
+    "contiguous": lambda w: w.t().contiguous(),
+    "stacked": lambda w: torch.cat([w[:2], w[2:]]),
+}
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_derived_weight_written_through_a_view(change: Callable[[Tensor], object], make: Callable[[Tensor], Tensor]) -> None:
+    exact(Net(written(change, make), 5, 5), x(N, 5))
+
+
+def triangular(model: nn.Module, batch: Tensor) -> Tensor:
+    lower = torch.zeros(5, 5, dtype=batch.dtype)
+    lower.diagonal().copy_(model.w[0].exp())
+    for i in range(1, 5):
+        lower[i][:i] = model.w[i, :i]
+    return batch @ lower
+
+
+def used_before_and_after(model: nn.Module, batch: Tensor) -> Tensor:
+    w = model.w.clone()
+    first = F.linear(batch, w.clone())
+    view = w[1:]
+    w[0].mul_(2.0)
+    view.mul_(0.5)
+    return first + F.linear(batch, w) + F.linear(batch[:, :5], view).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("forward", [triangular, used_before_and_after])
+def test_a_weight_put_together_in_place(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    exact(Net(forward, 5, 5), x(N, 5))
+
+
+def test_samples_written_into_a_weight_are_still_seen() -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        w = model.w.clone()
+        w[0].copy_(batch[0].detach())
+        return F.linear(batch, w)
+
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_norms(Net(forward, 5, 5), losses, x(N, 5))
+
+
+def expanded(change: Callable[[Tensor], object], how: Callable[[Tensor, int], Tensor]) -> Callable[..., Tensor]:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        rows = how(model.w, len(batch))
+        change(rows)
+        return batch * rows
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "change", [lambda q: q[:, :2].zero_(), lambda q: q[:, 0].mul_(2.0), lambda q: q.sin_(), lambda q: None]
+)
+@pytest.mark.parametrize(
+    "how", [lambda w, n: w.repeat(n, 1), lambda w, n: w.expand(n, -1).clone(), lambda w, n: (w * 2).repeat(n, 1)]
+)
+def test_an_expansion_that_is_written_to(change: Callable[[Tensor], object], how: Callable[[Tensor, int], Tensor]) -> None:
+    exact(Net(expanded(change, how), 1, 5), x(N, 5))
+
+
+@pytest.mark.parametrize("change", [lambda a: a.mul_(3.0), lambda a: a[0].__setitem__(0, 5.0), lambda a: a.relu_()])
+@pytest.mark.parametrize("use", [torch.mul, lambda a, b: torch.einsum("ni,ni->ni", a, b), torch.add])
+def test_what_was_repeated_is_written_to_afterwards(
+    change: Callable[[Tensor], object], use: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        origin = model.w.clone()
+        rows = origin.repeat(len(batch), 1)
+        change(origin)
+        return use(batch, rows) + origin
+
+    exact(Net(forward, 1, 5), x(N, 5))
+
+
+@pytest.mark.parametrize("cast", [lambda w: w.to(torch.complex128), lambda w: w.type(torch.cdouble), lambda w: w.cdouble()])
+@pytest.mark.parametrize("product", [torch.matmul, lambda a, w: torch.einsum("ni,io->no", a, w)])
+def test_a_real_weight_used_as_a_complex_one(
+    cast: Callable[[Tensor], Tensor], product: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        return torch.fft.irfft(product(torch.fft.rfft(batch), cast(model.w)), n=5)
+
+    exact(Net(forward, 3, 3), x(N, 5))
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------------------------
+
+
+def doubled(grad: Tensor) -> Tensor:
+    return 2 * grad
+
+
+HOOKS = {
+    "on the tensor": lambda e: e.register_hook(doubled),
+    "before its node": lambda e: e.grad_fn.register_prehook(lambda grads: (2 * grads[0],)),
+    "after its node": lambda e: e.grad_fn.register_hook(lambda given, _: tuple(g if g is None else 2 * g for g in given)),
+}
+
+
+@pytest.mark.parametrize(
+    "how", [lambda w, n: w.expand(n, -1), lambda w, n: w.repeat(n, 1), lambda w, n: w.clone().expand(n, -1)]
+)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_hooks_on_an_expansion(hook: Callable[[Tensor], object], late: bool, how: Callable[[Tensor, int], Tensor]) -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        rows = how(model.w, len(batch))
+        if not late:
+            hook(rows)
+        out = rows * batch
+        if late:
+            hook(rows)
+        return out
+
+    model = Net(forward, 1, 5)
+    if not late:
+        exact(model, x(N, 5))
+        return
+    for call in (sw.per_sample_norms, sw.per_sample_grads):
+        with pytest.raises(sw.UnsupportedOpError, match="Register the hook before the use"):
+            call(model, losses, x(N, 5))
+    with sw.record(model) as rec:
+        rec.backward(losses(model, x(N, 5)))
+    with pytest.raises(sw.UnsupportedOpError, match="Register the hook before the use"):
+        rec.norms()
+
+
+# --- arguments that are written to ------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_writes_is_not_taken_for_one_of_which_all_is_known() -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        for _ in range(2):
+            mantissa, exponent = torch.zeros(batch.shape, dtype=batch.dtype), torch.zeros(batch.shape, dtype=torch.int32)
+            torch.ops.aten.frexp.Tensor_out(batch, mantissa=mantissa, exponent=exponent)
+        return F.linear(batch - mantissa.mean(0), model.w)
+
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_grads(Net(forward, 6, 5), losses, x(N, 5))
+
+
+# --- around the recording ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hook_put_on_a_parameter_in_the_forward_is_refused() -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        model.w.register_hook(doubled)
+        return F.linear(batch, model.w)
+
+    with pytest.raises(sw.UnsupportedOpError, match="has a hook on its gradient"):
+        sw.per_sample_norms(Net(forward, 6, 5), losses, x(N, 5))
+
+
+def test_hooks_of_the_old_kind_are_refused_where_samples_pass() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU()).double()
+    model[0].register_backward_hook(lambda _, grads, __: tuple(g if g is None else 2 * g for g in grads))
+    with pytest.raises(sw.UnsupportedOpError, match=r"^0: .*register_full_backward_hook"):
+        sw.per_sample_norms(model, losses, x(N, 5))
+    # nothing is left on the model
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("setting", [lambda w: w[0].fill_(0.1), lambda w: w[0].clamp_(-0.1, 0.1), lambda w: w.mul_(0.5)])
+def test_a_parameter_set_in_the_forward(setting: Callable[[Tensor], object]) -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.w.copy_(x(6, 5, seed=1))
+            setting(model.w)
+        return F.linear(batch, model.w)
+
+    exact(Net(forward, 6, 5), x(N, 5))
+
+
+def test_a_parameter_frozen_for_a_part_of_the_forward() -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        model.w.requires_grad_(requires_grad=False)
+        first = F.linear(batch, model.w)
+        model.w.requires_grad_()
+        return first * F.linear(batch, model.w)
+
+    exact(Net(forward, 6, 5), x(N, 5))
+
+
+def _with_data(value: Tensor) -> Tensor:
+    other = torch.zeros_like(value)
+    other.data = value * 1.0
+    return other
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "deepcopy of a transpose": lambda t: copy.deepcopy(t.t()).t(),
+    "a parameter": lambda t: nn.Parameter(t, requires_grad=False),
+    "data set": _with_data,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_of_samples(copied: Callable[[Tensor], Tensor]) -> None:
+    exact(Net(lambda model, batch: F.linear(batch - copied(batch).sin(), model.w), 6, 5), x(N, 5))
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_norms(Net(lambda m, b: F.linear(b - copied(b).mean(0), m.w), 6, 5), losses, x(N, 5))
+
+
+def gradient_inside(mix: Callable[[Tensor], Tensor], *, property: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        hidden = F.linear(batch, model.w).t()
+        leaf = hidden.detach().requires_grad_()
+        if property:
+            leaf.sin().sum().backward()
+            grad = leaf.grad
+        else:
+            (grad,) = torch.autograd.grad(leaf.sin().sum(), leaf)
+        return (hidden - mix(grad)).t()
+
+    return forward
+
+
+@pytest.mark.parametrize("property", [False, True])
+def test_gradients_taken_inside_have_their_samples_where_their_tensor_has_them(property: bool) -> None:
+    exact(Net(gradient_inside(torch.sin, property=property), 6, 5), x(N, 5))
+    mixing = gradient_inside(lambda g: g.mean(1, keepdim=True), property=property)
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_norms(Net(mixing, 6, 5), losses, x(N, 5))
+
+
+def test_a_gradient_of_what_mixes_the_samples() -> None:
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        leaf = batch.detach().requires_grad_()
+        (grad,) = torch.autograd.grad((leaf - leaf.mean(0)).square().sum().square(), leaf)
+        return F.linear(batch - grad, model.w)
+
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_norms(Net(forward, 6, 5), losses, x(N, 5))
+
+
+@pytest.mark.parametrize("dim", [0, 1, -3, -2])
+def test_the_samples_counted_from_the_end(dim: int) -> None:
+    batch = x(N, 3, 5) if dim % 3 == 0 else x(3, N, 5)
+
+    def sums(model: nn.Module, given: Tensor) -> Tensor:
+        return model(given).square().movedim(dim, 0).flatten(1).sum(1)
+
+    for model in (Net(lambda m, b: b * m.w, 5), Net(lambda m, b: F.linear(b, m.w), 6, 5)):
+        found = sw.per_sample_grads(model, sums, batch, batch_dim=dim)
+        for i, one in enumerate(batch.split(1, dim)):
+            torch.testing.assert_close(found["w"][i], torch.autograd.grad(sums(model, one).sum(), model.w)[0])
+
+
+BEFORE = {
+    "a count": lambda y: (y != 0).sum(),
+    "weights of classes": lambda y: torch.bincount(y.flatten(), minlength=6)[y].sum(1),
+    "the largest": lambda y: y.max(),
+    "in place": lambda y: torch.zeros(()).add_(y.double().mean()),
+}
+
+
+@pytest.mark.parametrize("statistic", BEFORE.values(), ids=BEFORE)
+def test_statistics_of_the_labels_before_the_model_runs(statistic: Callable[[Tensor], Tensor]) -> None:
+    labels = torch.randint(0, 6, (N, 3), generator=torch.Generator().manual_seed(0))
+
+    def normalised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        scale = statistic(batch[1])
+        return F.cross_entropy(model(batch[0]).mT, batch[1], reduction="none").sum(1) / (scale + 1)
+
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_norms(Net(lambda m, b: F.linear(b, m.w), 6, 5), normalised, (x(N, 3, 5), labels))
+
+
+def test_what_keeps_the_samples_apart_before_the_model_runs() -> None:
+    labels = torch.randint(0, 6, (N, 3), generator=torch.Generator().manual_seed(0))
+
+    def normalised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        mask, flat = (batch[1] != 0).double(), batch[1].view(-1)
+        counts, inputs = mask.sum(1) + 1, batch[0] / batch[0].norm(dim=-1, keepdim=True)
+        each = F.cross_entropy(model(inputs).flatten(0, 1), flat, reduction="none").view_as(mask)
+        return (each * mask).sum(1) / counts
+
+    model = Net(lambda m, b: F.linear(b, m.w), 6, 5)
+    assert not sw.verify(model, normalised, (x(N, 3, 5), labels)).failures
+    norms = sw.per_sample_norms(model, normalised, (x(N, 3, 5), labels))
+    alone = [
+        torch.autograd.grad(normalised(model, (a, b)).sum(), model.w)[0].norm()
+        for a, b in zip(x(N, 3, 5).split(1), labels.split(1), strict=True)
+    ]
+    torch.testing.assert_close(norms, torch.stack(alone))
+
+
+def test_a_padding_row_has_no_gradient_whatever_comes() -> None:
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(7, 5, padding_idx=2).double()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids) / self.table(ids)
+
+    model, ids = Divided(), torch.tensor([[2, 2], [2, 3], [1, 0]])
+    found = sw.per_sample_grads(model, losses, ids)["table.weight"]
+    for i, row in enumerate(ids.split(1)):
+        wanted = torch.autograd.grad(losses(model, row).sum(), model.table.weight)[0]
+        torch.testing.assert_close(found[i], wanted, equal_nan=True)
+
+
+def test_bags_by_the_op_itself_have_no_padding_by_default() -> None:
+    table, ids = nn.Parameter(x(7, 5)), torch.full((N, 3), 6)
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        return torch._embedding_bag(
+            model.w, batch.reshape(-1), torch.arange(0, batch.numel(), 3), False, 0, False, None, False, -1
+        )[0]
+
+    with pytest.raises(sw.UnsupportedOpError):
+        sw.per_sample_norms(Net(forward, *table.shape), losses, ids)
