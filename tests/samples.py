@@ -499,6 +499,7 @@ OWN: list[tuple[Op, list[Sample]]] = [
     (torch.matmul, [s(x(3, 5, 4), p(3, 4, 2)), s(p(3, 2, 4), x(3, 4, 5)), s(p(3, 4), x(4, 3), dim=1)]),
     (torch.bmm, [s(x(3, 2, 4), p(3, 4, 2))]),
     (torch.addmm, [s(p(3, 2), x(3, 4), p(4, 2), beta=0.5, alpha=2)]),
+    (named("addmm, its factors between", lambda b, a, w: torch.addmm(2, b, 3, a, w)), [s(p(2), x(3, 4), p(4, 2))]),
     (torch.addmv, [s(p(3), x(3, 4), p(4), beta=0.5, alpha=2)]),
     (torch.addr, [s(p(3, 4), x(3), p(4), beta=0.5)]),
     (torch.einsum, [s("ni,nio->no", x(3, 4), p(3, 4, 2)), s("ni,nj,ijo->no", x(3, 4), p(3, 2), p(4, 2, 3))]),

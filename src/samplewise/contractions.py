@@ -144,10 +144,21 @@ def _bound(function: Callable[..., Contraction]) -> Callable[[Sequence[Any], dic
     return lambda args, kwargs: function(*args, **{key: value for key, value in kwargs.items() if key != "out"})
 
 
+def _with_numbers(function: Callable[..., Contraction]) -> Callable[[Sequence[Any], dict[str, Any]], Contraction]:
+    """An op that once took its factors between the tensors: `torch.addmm(beta, input, alpha, mat1, mat2)`."""
+
+    def bound(args: Sequence[Any], kwargs: dict[str, Any]) -> Contraction:
+        tensors, numbers = [x for x in args if isinstance(x, Tensor)], [x for x in args if not isinstance(x, Tensor)]
+        return _bound(function)(tensors, {**dict(zip(("beta", "alpha"), numbers, strict=False)), **kwargs})
+
+    return bound
+
+
 CONTRACTIONS: dict[str, Callable[[Sequence[Any], dict[str, Any]], Contraction]] = {
     **dict.fromkeys(["matmul", "vdot", "linalg_matmul"], _bound(matmul)),
     **dict.fromkeys(["mm", "bmm"], _bound(mm)),
     "rmatmul": _bound(reflected_matmul),
     **dict.fromkeys(["outer", "ger"], _bound(outer)),
-    **{f.__name__: _bound(f) for f in (linear, mv, dot, inner, addmm, addmv, addr, baddbmm, addbmm, tensordot, einsum)},
+    **{f.__name__: _bound(f) for f in (linear, mv, dot, inner, tensordot, einsum)},
+    **{f.__name__: _with_numbers(f) for f in (addmm, addmv, addr, baddbmm, addbmm)},
 }
