@@ -285,6 +285,15 @@ def quantity(ask):
     return lambda: ask(run(linear()))
 
 
+def complex_model():
+    return Net(lambda self, b: b * self.w, w=x(D) * 1j)
+
+
+def overlapping():
+    flat = x(9)
+    return flat[:8].view(2, D), flat[7:]
+
+
 def no_batch_yet():
     with sw.record(linear()) as rec:
         rec.grads()
@@ -800,6 +809,20 @@ CASES: dict[str, Case] = {
         r"out\['weight'\] must be a tensor",
         kind=ValueError,
     ),
+    "quantities.Record._check_out: one buffer for two": Case(
+        quantity(lambda rec: rec.weighted_sum(x(N), out=dict(zip(["weight", "bias"], overlapping(), strict=True)))),
+        "^weighted_sum: ",
+        r"out\['weight'\] and out\['bias'\] reach over the same memory",
+        "a tensor of its own, or parts of one buffer",
+        kind=ValueError,
+    ),
+    "quantities.Record._check_out: expanded": Case(
+        quantity(lambda rec: rec.weighted_sum(x(N), out={"weight": x(2, 1).expand(2, D), "bias": x(2)})),
+        "^weighted_sum: ",
+        r"got \(2, 4\), torch.float64, cpu, expanded",
+        r"out\['weight'\] must be .* memory for each entry",
+        kind=ValueError,
+    ),
     "strategy.Strategy.__post_init__: name": Case(
         lambda: sw.record(linear(), strategy="ghost"),
         "^record: ",
@@ -820,6 +843,13 @@ CASES: dict[str, Case] = {
         r"got \(2,\)",
         r"shape \(3,\), one per sample",
         kind=ValueError,
+    ),
+    "quantities.Record.weighted_sum: a list": Case(
+        quantity(lambda rec: rec.weighted_sum([1.0, 2.0, 3.0])),
+        "^weighted_sum: ",
+        "got a list",
+        r"shape \(3,\), one per sample.*`torch.tensor\(weights\)`",
+        kind=TypeError,
     ),
     "quantities.check_limit: zero": Case(
         quantity(lambda rec: rec.clipped_sum(0.0)), "max_grad_norm", "got 0.0", "must be positive", kind=ValueError
@@ -853,6 +883,68 @@ CASES: dict[str, Case] = {
         "different parameters",
         "Record the same model",
         "bias",
+        ValueError,
+    ),
+    "quantities.Record._check_names: a real direction": Case(
+        lambda: run(complex_model()).dot({"w": x(D)}),
+        "^dot: ",
+        r"of shape \(4,\), torch.float64",
+        r"expected shape \(4,\), complex",
+        "'w'",
+        ValueError,
+    ),
+    "quantities.Record._check_names: a complex matrix": Case(
+        quantity(lambda rec: rec.project({"bias": x(4, 2).cfloat()})),
+        "^project: ",
+        r"of shape \(2,\), torch.complex64, in each row",
+        r"expected shape \(2,\), real",
+        "'bias'",
+        ValueError,
+    ),
+    "quantities.Record._check_real: a complex parameter": Case(
+        lambda: run(complex_model()).project(sw.GaussianProjection(2)),
+        "^project: ",
+        "'w' is torch.complex128",
+        "Give a complex matrix for each parameter",
+        "'w'",
+        ValueError,
+    ),
+    "quantities._rows_of: none": Case(
+        quantity(lambda rec: rec.project({})), "^project: ", r"got \{\}", r"\{name: \(k, \*shape\)\}", kind=ValueError
+    ),
+    "quantities._rows_of: no rows": Case(
+        quantity(lambda rec: rec.project({"bias": x(0, 2)})),
+        "^project: ",
+        r"\(0, 2\)",
+        "one k of 1 or more",
+        "'bias'",
+        ValueError,
+    ),
+    "quantities._rows_of: two numbers": Case(
+        quantity(lambda rec: rec.project({"weight": x(5, 2, D), "bias": x(3, 2)})),
+        "^project: ",
+        r"'weight': \(5, 2, 4\), 'bias': \(3, 2\)",
+        "as many rows",
+        "'bias'",
+        ValueError,
+    ),
+    "projections.GaussianProjection.__post_init__: size": Case(
+        lambda: sw.GaussianProjection(0), "^GaussianProjection: size", "got 0", "must be positive", kind=ValueError
+    ),
+    "quantities.Record._check_alike: other shapes": Case(
+        quantity(lambda rec: rec.gram(run(nn.Linear(D, 3).double()))),
+        "^gram: ",
+        r"is \(2, 4\), torch.float64, cpu in one record and \(3, 4\)",
+        "Record the same model",
+        "'weight'",
+        ValueError,
+    ),
+    "quantities.Record._check_alike: another type": Case(
+        quantity(lambda rec: rec.gram(run(nn.Linear(D, 2), x().float()))),
+        "^gram: ",
+        r"and \(2, 4\), torch.float32, cpu in the other",
+        "Record the same model",
+        "'weight'",
         ValueError,
     ),
     "quantities.Record._n: no batch yet": Case(no_batch_yet, "^record: ", "no model was run", "Run the model"),
@@ -964,7 +1056,7 @@ def observe(name: str) -> Observation:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sw.SamplewiseError, "__init__", watched)
-        with pytest.raises((sw.SamplewiseError, ValueError, RuntimeError)) as caught:
+        with pytest.raises((sw.SamplewiseError, ValueError, TypeError, RuntimeError)) as caught:
             CASES[name].trigger()
     message, raised, error = str(caught.value), set(), caught.value
     while error is not None:

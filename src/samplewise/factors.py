@@ -5,7 +5,7 @@ Every quantity has a dense default, so that a new factor is right before it is f
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -293,3 +293,50 @@ def chunk_size(bytes_per_sample: int, n: int, device: torch.device) -> int:
     """How many of n samples to work on at once: about equally many in each chunk."""
     most = max(1, (_CACHED if device.type == "cpu" else _BUSY) // max(1, bytes_per_sample))
     return math.ceil(n / math.ceil(n / most)) if n else 1
+
+
+def expanded(x: Tensor) -> bool:
+    """Whether entries of a tensor share memory."""
+    return not x.is_contiguous() and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def unexpanded(x: Tensor) -> Tensor:
+    """With memory for each entry, so that it can be written to."""
+    return x.clone(memory_format=torch.contiguous_format) if expanded(x) else x
+
+
+def meeting(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The names of two tensors that share memory, or reach over each other's other than side by side."""
+    for cluster in _clusters(tensors):
+        first, second, *_ = cluster
+        pair = meeting({name: x[0] for name, x in cluster.items()}) if _side_by_side(cluster) else (first, second)
+        if pair is not None:
+            return pair
+    return None
+
+
+def _clusters(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Those that reach over the same memory; the first two do so in each."""
+    spans = sorted((x.data_ptr(), x.data_ptr() + _reach(x), name) for name, x in tensors.items() if x.numel() and not x.is_meta)
+    clusters, end = list[dict[str, Tensor]](), 0
+    for start, stop, name in spans:
+        if start >= end:
+            clusters.append({})
+        clusters[-1][name], end = tensors[name], max(end, stop)
+    return (cluster for cluster in clusters if len(cluster) > 1)
+
+
+def _reach(x: Tensor) -> int:
+    """The bytes from the first entry to the end of the last."""
+    if x.is_contiguous():
+        return x.nbytes
+    return x.itemsize * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+def _side_by_side(cluster: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors are columns of one matrix: they meet if their first rows do."""
+    rows = {x.stride(0) * x.itemsize if x.ndim else 0 for x in cluster.values()}
+    if len(rows) != 1 or 0 in rows:
+        return False
+    ends = [(x.data_ptr(), x.data_ptr() + _reach(x[0])) for x in cluster.values()]
+    return max(end for _, end in ends) - min(start for start, _ in ends) <= rows.pop()

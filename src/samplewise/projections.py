@@ -15,6 +15,9 @@ class GaussianProjection:
         size: Number of components k.
         seed: Drawn together with the parameter's name: a parameter's matrix depends on nothing else.
 
+    Raises:
+        ValueError: If `size` is not positive.
+
     Example:
         >>> GaussianProjection(8, seed=1).matrix("weight", torch.Size([3, 2])).shape
         torch.Size([8, 3, 2])
@@ -22,6 +25,10 @@ class GaussianProjection:
 
     size: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"GaussianProjection: size, the number of components, must be positive, got {self.size}")
 
     def matrix(self, name: str, shape: Size) -> Tensor:
         """The matrix for one parameter, `(k, *shape)`, float32, drawn on the CPU."""

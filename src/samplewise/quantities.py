@@ -11,14 +11,14 @@ from . import rules as _rules  # noqa: F401  (fills the tables)
 from .axes import Axis, Lost
 from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
-from .factors import Factor, wide
+from .factors import HALF, Factor, expanded, meeting, unexpanded, wide
 from .joined import Joined
 from .known import DECLARED_CONSTANT
 from .projections import GaussianProjection
 from .recording import Recording
 from .running import unrecorded
 from .strategy import Strategy
-from .sums import Store
+from .sums import Store, tensors_of
 
 
 class Record:
@@ -138,7 +138,7 @@ class Record:
             `{name: (n, *shape)}` for every trainable parameter; zeros where the loss does not reach.
 
         Raises:
-            ValueError: If `out` has not one tensor of the right shape and type for each parameter.
+            ValueError: If `out` has not one tensor of the right shape and type for each parameter, or two of them share memory.
         """
         with self._recording.aside():
             self._check_out("grads", out, self._n())
@@ -169,8 +169,15 @@ class Record:
             out: Tensors `{name: shape}` to write the sums into, such as the `.grad` of each parameter.
 
         Raises:
-            ValueError: If `weights` is not a vector of n, or `out` has not one tensor of the right shape and type for each parameter.
+            TypeError: If `weights` is no tensor.
+            ValueError: If `weights` is not a vector of n, or `out` has not one tensor of the right shape and type for each parameter, or
+                two of them share memory.
         """
+        if not isinstance(weights, Tensor):
+            raise TypeError(
+                f"weighted_sum: expected weights of shape ({self._n()},), one per sample, got a {type(weights).__name__}. "
+                "Make a tensor of it, `torch.tensor(weights)`."
+            )
         with self._recording.aside():
             self._check_out("weighted_sum", out)
             if weights.shape != (self._n(),):
@@ -185,7 +192,7 @@ class Record:
         """The sum of gradients clipped to a norm: weights `min(1, max_grad_norm / norms[n])` (Abadi et al. 2016, arXiv:1607.00133).
 
         Args:
-            max_grad_norm: The largest norm that is left as it is.
+            max_grad_norm: The largest norm that is left as it is; `math.inf` clips nothing.
             out: Tensors `{name: shape}` to write the sums into.
 
         Raises:
@@ -197,7 +204,7 @@ class Record:
         """Inner products with one direction, `(n,)`; `direction` is `{name: shape}`, missing parameters count as zero.
 
         Raises:
-            ValueError: If a name is unknown or a shape differs.
+            ValueError: If a name is unknown, a shape differs, or one is real and the other complex.
         """
         self._check_names("dot", direction)
         with self._recording.aside():
@@ -208,7 +215,7 @@ class Record:
         """Inner products of per-sample gradients, `(n, m)`, with those of another record of the same model (default: itself).
 
         Raises:
-            ValueError: If the other record has other parameters.
+            ValueError: If the other record has other parameters, or theirs have other shapes or types.
         """
         other = self if other is None else other
         if set(other._recording.parameters) != set(self._recording.parameters):  # noqa: SLF001
@@ -217,6 +224,7 @@ class Record:
                 f"{', '.join(sorted(set(self._recording.parameters) ^ set(other._recording.parameters)))}. "  # noqa: SLF001
                 "Record the same model twice, with the same parameters frozen."
             )
+        self._check_alike(other)
         with self._recording.aside():
             mine, theirs = self.factors(), other.factors()
             terms = [mine[name].gram(theirs[name]) for name in mine if name in theirs]
@@ -226,18 +234,19 @@ class Record:
         """Projected gradients, `(n, k)`: a `GaussianProjection`, or `{name: (k, *shape)}`.
 
         Raises:
-            ValueError: If a name is unknown or a shape differs.
+            ValueError: If a name is unknown, a shape or the number of rows differs, or one is real and the other complex.
         """
         factors = self.factors()
         with self._recording.aside():
             if isinstance(projection, GaussianProjection):
+                self._check_real("project")
                 size = projection.size
                 rows = (
                     (factor, projection.matrix(name, factor.shape).to(self._like().device)) for name, factor in factors.items()
                 )
             else:
+                size = _rows_of(projection)
                 self._check_names("project", {name: matrix[0] for name, matrix in projection.items()})
-                size = next(iter(projection.values())).shape[0]
                 rows = ((factor, projection[name]) for name, factor in factors.items() if name in projection)
             return _total([factor.project(matrix) for factor, matrix in rows], self._zeros().new_zeros(self._n(), size))
 
@@ -267,7 +276,7 @@ class Record:
         filled: dict[str, Tensor] = {}
         for name, p in self._recording.parameters.items():
             if out is None:
-                filled[name] = found[name].to(p.dtype) if name in found else p.new_zeros((*leading, *p.shape))
+                filled[name] = unexpanded(found[name].to(p.dtype)) if name in found else p.new_zeros((*leading, *p.shape))
             elif name not in found:
                 filled[name] = out[name].zero_()
             else:
@@ -279,25 +288,49 @@ class Record:
             return
         for name, p in self._recording.parameters.items():
             x, shape = out.get(name), (*leading, *p.shape)
-            if x is None or x.shape != shape or x.dtype != p.dtype or x.device != p.device or x.requires_grad:
-                found = (
-                    "nothing" if x is None else f"{tuple(x.shape)}, {x.dtype}, {x.device}{', requires grad' * x.requires_grad}"
-                )
+            if x is None or x.shape != shape or x.dtype != p.dtype or x.device != p.device or x.requires_grad or expanded(x):
+                found = "nothing" if x is None else f"{tuple(x.shape)}, {x.dtype}, {x.device}"
+                if x is not None:
+                    found += ", requires grad" * x.requires_grad + ", expanded" * expanded(x)
                 raise ValueError(
-                    f"{call}: out['{name}'] must be a tensor of shape {shape}, {p.dtype}, {p.device} that requires no grad, got {found}"
+                    f"{call}: out['{name}'] must be a tensor of shape {shape}, {p.dtype}, {p.device} that requires no grad and has memory "
+                    f"for each entry, got {found}"
                 )
+        pair = meeting({name: out[name] for name in self._recording.parameters})
+        if pair is not None:
+            raise ValueError(
+                f"{call}: out['{pair[0]}'] and out['{pair[1]}'] reach over the same memory, where one gradient would be written over the "
+                "other. Give each parameter a tensor of its own, or parts of one buffer that lie one after another or side by side."
+            )
 
     def _check_names(self, call: str, given: Mapping[str, Tensor]) -> None:
         for name, tensor in given.items():
             expected = self._recording.parameters.get(name)
-            if expected is None or expected.shape != tensor.shape:
+            if expected is None or expected.shape != tensor.shape or expected.is_complex() != tensor.is_complex():
                 wanted = (
                     "no such trainable parameter (names as in `model.named_parameters()`)"
                     if expected is None
-                    else f"expected shape {tuple(expected.shape)}"
+                    else f"expected shape {tuple(expected.shape)}, {'complex' if expected.is_complex() else 'real'}"
                 )
                 raise ValueError(
-                    f"{call}: '{name}' of shape {tuple(tensor.shape)}{' in each row' * (call == 'project')}: {wanted}"
+                    f"{call}: '{name}' of shape {tuple(tensor.shape)}, {tensor.dtype}{', in each row' * (call == 'project')}: {wanted}"
+                )
+
+    def _check_real(self, call: str) -> None:
+        for name, p in self._recording.parameters.items():
+            if p.is_complex():
+                raise ValueError(
+                    f"{call}: a GaussianProjection is real, and '{name}' is {p.dtype}. Give a complex matrix for each parameter, "
+                    "`{name: (k, *shape)}`."
+                )
+
+    def _check_alike(self, other: "Record") -> None:
+        for name, p in self._recording.parameters.items():
+            q = other._recording.parameters[name]  # noqa: SLF001
+            if p.shape != q.shape or _summed_in(p) != _summed_in(q) or p.device != q.device:
+                raise ValueError(
+                    f"gram: '{name}' is {tuple(p.shape)}, {p.dtype}, {p.device} in one record and {tuple(q.shape)}, {q.dtype}, {q.device} "
+                    "in the other. Record the same model twice."
                 )
 
 
@@ -375,6 +408,9 @@ def record(
 def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
     """`min(1, max_grad_norm / norms)`; a zero norm gives 1."""
     check_limit(max_grad_norm)
+    if max_grad_norm >= torch.finfo(norms.dtype).max:
+        # infinite in the type of the norms: a quotient of two infinities is no number
+        return torch.ones_like(norms)
     return max_grad_norm / norms.clamp_min(max_grad_norm)
 
 
@@ -399,8 +435,30 @@ def root(squares: Tensor) -> Tensor:
 
 
 def dense_in(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Tensor:
-    """All gradients of one parameter, in the tensor given for it, if there is one."""
-    return factor.to_dense() if out is None else factor.write(out[name])
+    """All gradients of one parameter, in the tensor given for it, if there is one, or else in memory of their own."""
+    if out is not None:
+        return factor.write(out[name])
+    dense = factor.to_dense()
+    # autograd hands one tensor to several places, the user's hooks among them
+    cells = dense.untyped_storage()._cdata  # noqa: SLF001
+    shared = any(x.untyped_storage()._cdata == cells for x in tensors_of(factor))  # noqa: SLF001
+    return dense.clone() if shared else dense
+
+
+def _rows_of(matrices: Mapping[str, Tensor]) -> int:
+    """The number of rows that all matrices of a projection have."""
+    rows = {matrix.shape[:1].numel() if matrix.ndim else 0 for matrix in matrices.values()}
+    if len(rows) != 1 or 0 in rows:
+        found = ", ".join(f"'{name}': {tuple(matrix.shape)}" for name, matrix in matrices.items())
+        raise ValueError(
+            f"project: expected matrices {{name: (k, *shape)}} with one k of 1 or more, got {{{found}}}. Give each parameter as many rows, "
+            "of zeros where there is nothing to project."
+        )
+    return rows.pop()
+
+
+def _summed_in(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in HALF else x.dtype
 
 
 def _total(terms: list[Tensor], zero: Tensor) -> Tensor:

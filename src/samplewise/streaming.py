@@ -42,7 +42,7 @@ def per_sample_grads(
 
     Raises:
         SamplewiseError: As `record` does.
-        ValueError: If `out` has not one tensor of the right shape and type for each parameter.
+        ValueError: If `out` has not one tensor of the right shape and type for each parameter, or two of them share memory.
 
     Example:
         >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
@@ -59,6 +59,8 @@ def per_sample_grads(
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume))
     _run(rec, loss_fn, batch)
     with rec._recording.aside():  # noqa: SLF001
+        if not grads:
+            rec._check_out("per_sample_grads", out, rec._n())  # noqa: SLF001
         return rec._filled(grads, out, rec._n())  # noqa: SLF001
 
 
