@@ -347,3 +347,19 @@ def test_a_weighted_mean_inside_the_module_is_refused():
     model = Called(lambda m, x, y: F.cross_entropy(m.a(x), y, ignore_index=2), a=nn.Linear(4, 3).double())
     with pytest.raises(RuntimeError, match="weighted mean"):
         call_for_per_sample_grads(model, loss_reduction="mean")(batch(3, 4), torch.tensor([0, 2, 1])).backward()
+
+
+def test_rows_of_two_parameters_are_two_tensors():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.LayerNorm(4), nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.first(x) + self.second(x)
+
+    model = Sum().double()
+    call_for_per_sample_grads(model)(batch(6, 4)).square().sum().backward()
+    kept = model.second.bias.grad_sample.clone()
+    model.first.bias.grad_sample.mul_(2)
+    assert torch.equal(model.second.bias.grad_sample, kept)

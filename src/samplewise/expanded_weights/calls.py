@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from samplewise.axes import Axis
 from samplewise.collecting import Shared
 from samplewise.errors import SamplewiseError
+from samplewise.quantities import dense_in
 from samplewise.taps import Tap
 
 from .checkpoints import follow_checkpoints
@@ -149,7 +150,7 @@ class _Wrapped(LateRecording):
         """Add the rows of this backward; parameters that the loss did not reach have zeros."""
         factors = self.collected()
         for name, parameter in self.parameters.items():
-            rows = factors[name].to_dense() if name in factors else parameter.new_zeros(self.n or 0, *parameter.shape)
+            rows = dense_in(name, factors[name], None) if name in factors else parameter.new_zeros(self.n or 0, *parameter.shape)
             add_rows(parameter, rows.to(parameter.dtype))
 
     def __torch_function__(
