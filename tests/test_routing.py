@@ -337,3 +337,75 @@ def test_single_entries_of_a_vector_of_samples():
         return torch.stack([v[i] * m.bias[0] for i in range(len(v))]) + torch.stack([e.sin() * m.weight.sum() for e in v])
 
     assert not sw.verify(model, losses, x(3, 4)).failures
+
+
+# --- nobody's rows ----------------------------------------------------------------------------------------------------------------
+
+
+def by_setitem(out, mask, rows, expert):
+    out[mask] = expert(rows[mask])
+    return out
+
+
+def at_places(write, places=lambda mask: mask.nonzero()[:, 0]):
+    """`write(out, places, new rows)`."""
+    return lambda out, mask, rows, expert: write(out, places(mask), expert(rows[places(mask)]))
+
+
+WRITTEN = {
+    "setitem": by_setitem,
+    "setitem of a view": lambda out, mask, rows, expert: (by_setitem(out.view(-1, 4), mask, rows, expert), out)[1],
+    "new_zeros": lambda out, mask, rows, expert: out + by_setitem(rows.new_zeros(len(rows), 4), mask, rows, expert),
+    "index_add": at_places(lambda out, places, new: out.index_add(0, places, new)),
+    "index_add_": at_places(lambda out, places, new: out.index_add_(0, places, new)),
+    "index_add by argwhere": at_places(lambda out, places, new: out.index_add(0, places, new), lambda m: m.argwhere()[:, 0]),
+    "index_copy": at_places(lambda out, places, new: out.index_copy(0, places, new)),
+    "index_copy_": at_places(lambda out, places, new: out.index_copy_(0, places, new)),
+    "index_fill": at_places(lambda out, places, new: out.index_fill(0, places, 2.0).index_add(0, places, new)),
+    "index_fill_": at_places(lambda out, places, new: out.index_add(0, places, new).index_fill_(1, torch.tensor([1]), 2.0)),
+    "scatter_add": at_places(lambda out, places, new: out.scatter_add(0, places[:, None].expand_as(new), new)),
+    "scatter": at_places(lambda out, places, new: out.scatter(0, places[:, None].expand_as(new), new)),
+    "index_put": at_places(lambda out, places, new: out.index_put((places,), new)),
+    "index_put_": at_places(lambda out, places, new: out.index_put_((places,), new, accumulate=True)),
+    "index_put by mask": lambda out, mask, rows, expert: out.index_put_((mask,), expert(rows[mask])),
+    "masked_scatter": lambda out, mask, rows, expert: out.masked_scatter(mask[:, None], expert(rows[mask])),
+    "masked_scatter_": lambda out, mask, rows, expert: out.masked_scatter_(mask[:, None], expert(rows[mask])),
+}
+
+
+class TwoExperts(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.write, self.experts = write, nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        out, choice = torch.zeros(len(h), 4, dtype=h.dtype), (h[:, 0] > 0).long()
+        for e, expert in enumerate(self.experts):
+            out = self.write(out, choice == e, h, expert)
+        return out
+
+
+@pytest.mark.parametrize("write", WRITTEN)
+@pytest.mark.parametrize("shift", [0.1, -0.5, -1.1])
+def test_an_expert_without_rows(write, shift):
+    h = x(3, 4).sigmoid() + shift
+    assert not sw.verify(TwoExperts(WRITTEN[write]).double(), lambda m, h: m(h).square().sum(1), h).failures
+
+
+def test_a_buffer_that_nobody_wrote_is_a_constant():
+    model, h = nn.Linear(4, 4).double(), x(3, 4).sigmoid()
+
+    def losses(m: nn.Module, h: Tensor) -> Tensor:
+        buffer = torch.zeros(len(h), 4, dtype=h.dtype)
+        buffer[h[:, 0] > 2] = m(h[h[:, 0] > 2])
+        return (m(h) + buffer.exp().T.T[:, :1]).square().sum(1)
+
+    assert not sw.verify(model, losses, h).failures
+
+
+@pytest.mark.parametrize("labels", [[1, 5, 15], [1, 1, 1], [15, 15, 15], [5, 6, 15]])
+def test_adaptive_softmax(labels):
+    torch.manual_seed(0)
+    model = nn.AdaptiveLogSoftmaxWithLoss(6, 20, [4, 10]).double()
+    batch = x(3, 6), torch.tensor(labels)
+    assert not sw.verify(model, lambda m, batch: -m(*batch).output, batch).failures

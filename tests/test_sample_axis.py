@@ -945,6 +945,13 @@ PLAIN: dict[str, tuple[list[int], Axis, Op]] = {
     "searchsorted by name": (*FIRST, lambda x: torch.searchsorted(input=x, sorted_sequence=torch.zeros(2, dtype=x.dtype))),
     "searchsorted own": (*FIRST, lambda x: torch.searchsorted(x.sort(-1)[0], x[..., :2])),
     "tril": (*FIRST, lambda x: x.tril()),
+    "fake_quantize": (*FIRST, lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -8, 8)),
+    "fake_quantize by tensors": (
+        *FIRST,
+        lambda x: torch.fake_quantize_per_tensor_affine(
+            x.float(), torch.tensor(0.1), torch.tensor(1, dtype=torch.int32), -8, 8
+        ),
+    ),
     "max const": (*FIRST, lambda x: torch.max(x, torch.zeros(1, dtype=x.dtype))),
     "where": (*FIRST, lambda x: torch.where(x > 0, x, 0.0)),
     "normalize": (*FIRST, lambda x: F.normalize(x, dim=-1)),

@@ -15,7 +15,8 @@ from .contractions import CONTRACTIONS
 from .errors import SampleAxisError
 from .movement import dim_of, without
 
-Several = Callable[[Call, Tensor], Where]
+# None: nobody's, as a constant is
+Several = Callable[[Call, Tensor], Where | None]
 
 
 def broadcast(call: Call, out: Tensor) -> Where:
@@ -218,7 +219,8 @@ def selected(call: Call, _: Tensor) -> Where:
     chosen = _picked(axis, own, index, call.n)
     if chosen is False:
         return Lost(call.name)
-    picked = Axis.of_rows(dim, axis.owners(call.n)[index.cpu()], call.n, chosen)
+    # an index without dims takes one row
+    picked = Axis.of_rows(dim, axis.owners(call.n)[index.flatten().cpu()], call.n, chosen)
     return (_merged(picked, own.at(dim), call.n) if isinstance(own, Axis) else picked) or Lost(call.name)
 
 

@@ -107,6 +107,16 @@ class Axis:
         """The axis of a tensor that is one sample's as a whole."""
         return Axis(0, ragged=(sample,) * (x.shape[0] if x.ndim else 1))
 
+    @staticmethod
+    def of_nobody(x: Tensor) -> "Axis | None":
+        """What a tensor is that nobody owns: a constant, unless its history would look like something unknown."""
+        return Axis(0, ragged=(NOBODY,) * (x.shape[0] if x.ndim else 1)) if x.requires_grad else None
+
+    @property
+    def nobodys(self) -> bool:
+        """Whether no row belongs to any sample, as far as there are rows."""
+        return bool(self.ragged) and set(self.ragged or ()) == {NOBODY}
+
     @property
     def sample(self) -> int | None:
         """The one sample that every row belongs to, as far as it belongs to any."""
@@ -244,6 +254,14 @@ class Call:
             return self.args[position]
         aliases = (name, "axis", "dimension") if name == "dim" else (name,)
         return next((self.kwargs[alias] for alias in aliases if alias in self.kwargs), default)
+
+    def forget_nobodys(self) -> bool:
+        """Take tensors that nobody owns for the constants they are; whether there are any."""
+        found = [x for x in self.tensors if isinstance(where := self.where(x), Axis) and where.ragged and where.nobodys]
+        if found:
+            self.known.update((id(x), None) for x in found)
+            self._placed = None
+        return bool(found)
 
     def placed(self) -> list[tuple[Tensor, Axis]]:
         """The tensors that carry the sample axis, with the axis."""

@@ -50,15 +50,15 @@ def agreed(first: Tensor, second: Tensor) -> Tensor | None:
 def moved(function: Callable[..., object]) -> Several:
     """An op without an index: its first argument, a tensor or several, is the data."""
 
-    def move(call: Call, out: Tensor) -> Where:
+    def move(call: Call, out: Tensor) -> Where | None:
         data = call.args[:1] or (call.kwargs.get("tensors", call.kwargs.get("input")),)
         if any(call.where(x) for x in call.tensors if not any(x is y for y in tensors_in(data))):
             return Lost(call.name)
         args, kwargs = swapped((call.args, call.kwargs), {id(x): marks(call, x) for x in tensors_in(data)})
         place = next((k for k, x in enumerate(call.results) if x is out), 0)
         found = tensors_in(function(*args, **kwargs))[place]
-        where = axis_of(found, call.n, call.name) or Lost(call.name)
-        if isinstance(where, Lost) or not any(axis.chosen for _, axis in call.placed()):
+        where = axis_of(found, call.n, call.name)
+        if not isinstance(where, Axis) or not any(axis.chosen for _, axis in call.placed()):
             return where
         if not _may_take(call, function, data, place):
             return Lost(call.name)
@@ -156,14 +156,14 @@ def picked(call: Call, _: Tensor) -> Where:
 def scattered_part(function: Callable[..., Tensor]) -> Several:
     """`slice_scatter` and its like: the second operand goes to a part of the first."""
 
-    def move(call: Call, _: Tensor) -> Where:
+    def move(call: Call, _: Tensor) -> Where | None:
         args, kwargs = swapped((call.args, call.kwargs), {id(x): marks(call, x).clone() for x in call.args[:2]})
-        return axis_of(function(*args, **kwargs), call.n, call.name) or Lost(call.name)
+        return axis_of(function(*args, **kwargs), call.n, call.name)
 
     return move
 
 
-def gathered(call: Call, _: Tensor) -> Where:
+def gathered(call: Call, _: Tensor) -> Where | None:
     """`gather` and `take_along_dim`, where the index takes entries of the same sample."""
     x, index = call.args[0], call.get(2 if call.name == "gather" else 1, "index" if call.name == "gather" else "indices")
     dim = call.get(1 if call.name == "gather" else 2, "dim")
@@ -173,7 +173,7 @@ def gathered(call: Call, _: Tensor) -> Where:
     shape = index.shape if call.name == "gather" else torch.take_along_dim(x.detach(), index, dim).shape
     owners = torch.take_along_dim(marks(call, x), index, dim) if call.name != "gather" else marks(call, x).gather(dim, index)
     found = agreed(owners, marks(call, index).expand(shape))
-    return Lost(call.name) if found is None else axis_of(found, call.n, call.name) or Lost(call.name)
+    return Lost(call.name) if found is None else axis_of(found, call.n, call.name)
 
 
 @dataclass(frozen=True)
@@ -203,29 +203,34 @@ def _hidden(call: Call, index: Tensor, brought: Tensor | None) -> bool:
     )
 
 
-def along_dim(call: Call, _: Tensor) -> Where:
-    """`index_add`, `index_copy` and `index_reduce`: rows of the source go to rows of the target."""
-    target, dim, index, source = (call.get(k, name) for k, name in enumerate(("input", "dim", "index", "source")))
-    if not target.ndim or source.ndim != target.ndim or index.ndim != 1:
+def along_dim(call: Call, _: Tensor) -> Where | None:
+    """`index_add`, `index_copy`, `index_reduce` and `index_fill`: rows of the source, or one value, go to rows of the target."""
+    filled = call.name == "index_fill"
+    names = ("input", "dim", "index", "value" if filled else "source")
+    target, dim, index, source = (call.get(k, name) for k, name in enumerate(names))
+    if not target.ndim or index.ndim > 1 or (not filled and source.ndim != target.ndim):
         return Lost(call.name)
-    dim = dim_of(target, dim)
-    mine = marks(call, index).reshape(-1, *[1] * (source.ndim - 1 - dim))
-    brought = agreed(marks(call, source), mine.expand(source.shape))
+    dim, rows = dim_of(target, dim), index.reshape(-1)
+    there = torch.Size([*target.shape[:dim], len(rows), *target.shape[dim + 1 :]])
+    mine = marks(call, index).reshape(-1, *[1] * (target.ndim - 1 - dim)).expand(there)
+    brought = agreed(marks(call, source).expand(there), mine) if isinstance(source, Tensor) else mine
     if _hidden(call, index, brought):
         return Lost(call.name)
-    adds = call.name != "index_copy"
     write = Write(
         marks(call, target),
         brought,
-        lambda held: held.index_select(dim, index),
-        lambda held, new: held.index_copy(dim, index, new),
-        adds,
+        lambda held: held.index_select(dim, rows),
+        lambda held, new: held.index_copy(dim, rows, new),
+        adds=not filled and call.name != "index_copy",
     )
-    return _put_back(call, index, source, write.after(call) or Lost(call.name))
+    return _put_back(call, index, source, write.after(call))
 
 
-def _put_back(call: Call, index: Tensor, source: object, where: Where) -> Where:
+def _put_back(call: Call, index: Tensor, source: object, where: Where | None) -> Where | None:
     """Rows written to places that the batch decided are in order again if those are the places they came from."""
+    if where is None:
+        # nothing came
+        return None
     own = call.where(source) if isinstance(source, Tensor) else None
     to = call.where(index)
     if isinstance(to, Axis) and isinstance(own, Axis):
@@ -239,7 +244,7 @@ def _put_back(call: Call, index: Tensor, source: object, where: Where) -> Where:
     return where if back.equal(back.sort()[0]) else replace(where, chosen=Selection(order=object()))
 
 
-def scattered(call: Call, _: Tensor) -> Where:
+def scattered(call: Call, _: Tensor) -> Where | None:
     """`scatter`, `scatter_add`, `scatter_reduce`: elements of the source go to places along one dim."""
     target, dim, index = (call.get(k, name) for k, name in enumerate(("input", "dim", "index")))
     source = call.get(3, "src", call.kwargs.get("value"))
@@ -259,17 +264,17 @@ def scattered(call: Call, _: Tensor) -> Where:
         lambda held, new: held.scatter(dim, index, new),
         adds,
     )
-    return _put_back(call, index, source, write.after(call) or Lost(call.name))
+    return _put_back(call, index, source, write.after(call))
 
 
-def put(call: Call, _: Tensor) -> Where:
+def put(call: Call, _: Tensor) -> Where | None:
     """`index_put(target, indices, values)`."""
     target, index, value = (call.get(k, name) for k, name in enumerate(("input", "indices", "values")))
     adds = bool(call.get(3, "accumulate", default=False))
-    return _assigned(call, target, tuple(index), value, adds=adds) or Lost(call.name)
+    return _assigned(call, target, tuple(index), value, adds=adds)
 
 
-def masked_put(call: Call, out: Tensor) -> Where:
+def masked_put(call: Call, out: Tensor) -> Where | None:
     """`masked_scatter(target, mask, source)`: the source's elements in order, so that each must be its own sample's."""
     target, mask, source = (call.get(k, name) for k, name in enumerate(("input", "mask", "source")))
     mask, held = mask.expand(out.shape), marks(call, target).expand(out.shape)
@@ -277,7 +282,7 @@ def masked_put(call: Call, out: Tensor) -> Where:
     if (mine != NOBODY).any() and not coming.equal(mine):
         return Lost(call.name)
     write = Write(held, agreed(coming, mine), lambda kept: kept[mask], lambda kept, new: _set(kept, mask, new), adds=False)
-    return write.after(call) or Lost(call.name)
+    return write.after(call)
 
 
 def written(call: Call) -> Where | None:
@@ -294,14 +299,16 @@ def written(call: Call) -> Where | None:
         return replace(lost[0], linear=linear, uniform=all(isinstance(where, Lost) and where.uniform for where in others))
     if not any(wheres):
         return None
-    return _assigned(call, target, index, value, adds=False)
+    call.forget_nobodys()
+    return _assigned(call, target, index, value, adds=False) or Axis.of_nobody(target)
 
 
 def _assigned(call: Call, target: Tensor, index: Any, value: Any, *, adds: bool) -> Where | None:
     part = target.detach()[index]
     held = call.where(target)
     brought = call.where(value) if isinstance(value, Tensor) else None
-    if isinstance(held, Axis):
+    # rows of nobody's may become somebody's
+    if isinstance(held, Axis) and NOBODY not in (held.ragged or ()):
         there = through_index(call, target, index, part)
         if there == held and not any(call.where(x) for x in tensors_in((index,))) and brought is None:
             return held
@@ -325,7 +332,7 @@ def _assigned(call: Call, target: Tensor, index: Any, value: Any, *, adds: bool)
     after = write.after(call)
     # those at places that the batch decided first
     by = sorted((x for x in tensors_in(index) if call.where(x) is not None), key=lambda x: isinstance(call.where(x), Axis))
-    return _put_back(call, by[0], value, after) if by and after else after
+    return _put_back(call, by[0], value, after) if by else after
 
 
 def _constant_target(call: Call, target: Tensor) -> Call:
@@ -348,5 +355,4 @@ def of_base(base: Tensor, held: Axis | None, view: Tensor, axis: Axis, n: int) -
     owners.copy_(_marks(held, base, n) if held is not None else torch.full((), NOBODY, device=base.device))
     place = owners.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
     place.copy_(_marks(axis, view, n))
-    op = "an in-place op on a view"
-    return axis_of(owners, n, op) or Lost(op)
+    return axis_of(owners, n, "an in-place op on a view") or Axis(0, ragged=(NOBODY,) * (base.shape[0] if base.ndim else 1))

@@ -67,6 +67,12 @@ from .registry import RULES
 
 def follow(call: Call, out: Tensor) -> Where | None:
     """Where the sample axis of one result of `call` is; None where no argument carries it."""
+    unowned = call.forget_nobodys()
+    where = _follow(call, out)
+    return where or (Axis.of_nobody(out) if unowned or call.placed() else None)
+
+
+def _follow(call: Call, out: Tensor) -> Where | None:
     lost = [where for x in call.tensors if isinstance(where := call.where(x), Lost)]
     if lost and not _lost_places_only(call):
         return _entry(call, lost, out) if call.name in ENTRIES else _still_lost(call, lost, out)
@@ -86,6 +92,8 @@ def follow(call: Call, out: Tensor) -> Where | None:
     if isinstance(where, Lost) and where.linear and call.name != "sum":
         # a mean over picked or packed rows is none over samples
         return Lost(where.op, where.linear, where.uniform and all(axis.ragged is None for _, axis in call.placed()))
+    if where is None:
+        return None
     # a constant that broadcasts over the rows, and the like
     shape = tuple(out.shape) if out.ndim else (1,)
     fits = isinstance(where, Lost) or shape[where.dim : where.dim + 1] == (where.size(call.n),)
@@ -118,7 +126,7 @@ def refuse_mixing(call: Call) -> None:
         MIXING[call.name](call)
 
 
-def _move(call: Call, out: Tensor) -> Where:
+def _move(call: Call, out: Tensor) -> Where | None:
     name = call.name.removeprefix("special_")
     x, axis = call.placed()[0]
     if name == "linear" and len(call.placed()) == 1 and x is call.tensors[0] and axis.dim < x.ndim - 1:
@@ -203,7 +211,8 @@ abs absolute acos acosh add addcdiv addcmul airy_ai alias alpha_dropout and angl
 arctanh asin asinh atan atan2 atanh bernoulli bessel_j0 bessel_j1 bessel_y0 bessel_y1 bfloat16 bitwise_and bitwise_left_shift
 bitwise_not bitwise_or bitwise_right_shift bitwise_xor bool bucketize byte cdouble ceil celu cfloat chalf char clamp clamp_max
 clamp_min clip clone complex conj conj_physical contiguous copy copysign cos cosh cpu cuda data deg2rad detach digamma div divide
-double dropout elu empty_like entr eq erf erfc erfcx erfinv exp exp2 expit expm1 exponential feature_alpha_dropout feature_dropout
+double dropout elu empty_like entr eq erf erfc erfcx erfinv exp exp2 expit expm1 exponential fake_quantize_per_tensor_affine
+feature_alpha_dropout feature_dropout
 fill fix float float_power floor floor_divide floordiv fmax fmin fmod frac full_like gammainc gammaincc gammaln gcd ge gelu
 greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 i0e i1 i1e iand igamma igammac imag int
 invert ior isclose isfinite isinf isnan isneginf isposinf isreal ixor lcm ldexp le leaky_relu lerp less less_equal lgamma log
@@ -249,13 +258,12 @@ SEVERAL: dict[str, Several] = {
     "scaled_dot_product_attention": batch_dims,
     "cdist": distances,
     "searchsorted": searched,
-    "index_fill": broadcast_along(1),
     **dict.fromkeys(["gather", "take_along_dim"], gathered),
     **dict.fromkeys(["scatter", "scatter_add", "scatter_reduce"], scattered),
-    **dict.fromkeys(["index_add", "index_copy", "index_reduce"], along_dim),
+    **dict.fromkeys(["index_add", "index_copy", "index_reduce", "index_fill"], along_dim),
     "index_put": put,
     "masked_scatter": masked_put,
-    "nonzero": occurring,
+    **dict.fromkeys(["nonzero", "argwhere"], occurring),
     # without `dim`, torch.cross takes the first axis of size 3, whichever that is
     "cross": broadcast_along(2),
     "linalg_cross": broadcast_along(2, -1),
@@ -350,12 +358,13 @@ SINGLE: dict[str, Single] = {
 KEEPS = frozenset(ELEMENTWISE) - {"where"}
 # Ops whose operands have equal dims, not broadcast ones.
 JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
-# Ops whose operands align from the right, so that a parameter can enter them row by row; these two take a 0-dim value only.
+# Ops whose operands align from the right, so that a parameter can enter them row by row; these three take one value only.
 # Some work on their last dims themselves.
 INNER = {"scaled_dot_product_attention": 2}
 ALIGNED = (frozenset(ELEMENTWISE) | JOINS | {"scaled_dot_product_attention", "cosine_similarity", "pairwise_distance"}) - {
     "masked_fill",
     "fill",
+    "fake_quantize_per_tensor_affine",
 }
 
 # Ops of several tensors, and of one, that move samples by the shapes of their arguments alone, whatever is in them.
@@ -383,7 +392,7 @@ TURNS = frozenset("squeeze unsqueeze t transpose swapaxes swapdims".split())
 # An index that brings samples together still picks rows that each belong to one sample.
 INDEXING = frozenset({"getitem", "index_select"})
 # Writing them back, likewise.
-WRITES = frozenset("index_add index_copy index_reduce index_put scatter scatter_add scatter_reduce".split())
+WRITES = frozenset("index_add index_copy index_fill index_reduce index_put scatter scatter_add scatter_reduce".split())
 # What may be done to an order of rows (numbers of tokens) while it stays one.
 KEEPS_ROWS = frozenset(
     "div floordiv floor_divide true_divide mul long int to getitem index_select clone contiguous detach view reshape flatten".split()
