@@ -660,8 +660,8 @@ CASES: dict[str, Case] = {
     "attaching.refuse_unrecordable: scripted": Case(
         lambda: run(torch.jit.script(linear())), "^record: ", "scripted module", "Record the module that was scripted"
     ),
-    "attaching.refuse_legacy_hook: on a module": Case(
-        legacy_hook, "^0: ", "`register_backward_hook`", "Use `register_full_backward_hook`"
+    "taps._refuse_hooks_after: on a module": Case(
+        legacy_hook, "^backward: ", "`register_backward_hook`", "Use .*`register_full_backward_hook`"
     ),
     "collecting.Collector.refuse_bypassed_hooks: after the use": Case(
         lambda: run(Net(hooked_late, w=x(1, D))).grads(),

@@ -54,19 +54,6 @@ def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
         )
 
 
-def with_legacy_hooks(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Modules with hooks by `register_backward_hook`, which look at the gradients of the last op that ran in them."""
-    return {name: m for name, m in modules.items() if m._backward_hooks and m._is_full_backward_hook is False}  # noqa: SLF001
-
-
-def refuse_legacy_hook(name: str) -> None:
-    """Such a hook would see other gradients, and change no parameter's."""
-    raise UnsupportedOpError(
-        f"{name or 'the model'}: has a hook by `register_backward_hook`, which here would not see the gradients that it sees in plain "
-        "PyTorch. Use `register_full_backward_hook`."
-    )
-
-
 def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
     """A hook would change an ordinary gradient, which does not exist here."""
     hooks = parameter._backward_hooks  # noqa: SLF001

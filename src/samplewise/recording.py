@@ -4,7 +4,6 @@ It knows no op by name. How the sample axis moves stands in `sample_axis`, what 
 gradients are in `rules`.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -24,11 +23,9 @@ from .attaching import (
     is_packed,
     packed_owners,
     refuse_hooks,
-    refuse_legacy_hook,
     refuse_loss,
     refuse_new_parameters,
     refuse_unrecordable,
-    with_legacy_hooks,
 )
 from .axes import Axis, Call, Lost, tensors_in
 from .buffers import keep_freed_memory
@@ -118,9 +115,6 @@ class Recording(Known, TorchFunctionMode):
             self.declare(parameter, kind)
         self._watch()
         self._handles.append(self.model.register_forward_pre_hook(Entrance(self._enter_model), with_kwargs=True, prepend=True))
-        for name, module in with_legacy_hooks(modules).items():
-            refuse = Entrance(functools.partial(self._leave_hooked, name))
-            self._handles.append(module.register_forward_hook(refuse, prepend=True))
         self._open = True
 
     def close(self) -> None:
@@ -128,6 +122,7 @@ class Recording(Known, TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._earlier.clear()
         self._open = False
 
     def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -165,11 +160,6 @@ class Recording(Known, TorchFunctionMode):
         except SampleAxisError:
             for x in tensors_in(out):
                 self.declare(x, Lost(op.name))
-
-    def _leave_hooked(self, name: str, _: nn.Module, __: object, out: Any) -> None:
-        """A module with hooks of the old kind gives its result: only what depends on no sample may pass."""
-        if any(self.where(x) is not None for x in tensors_in(out)):
-            refuse_legacy_hook(name)
 
     def _enter_packed(self, sequence: PackedSequence) -> None:
         """The rows of a packed sequence, and the orders that lead to it and back."""

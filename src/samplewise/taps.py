@@ -85,6 +85,7 @@ class Tap(torch.autograd.Function):
         """Collect, and pass the gradients through."""
         recording, back, saved = ctx.recording, ctx.back, ctx.saved_tensors
         _refuse_second(recording)
+        _refuse_hooks_after(ctx)
         awaited, passed = recording.awaits(grads), None
         with recording.aside():
             if awaited:
@@ -160,6 +161,22 @@ def _refuse_second(recording: Collects) -> None:
             "backward: create_graph=True runs through a recorded use of a parameter, and the path of a second derivative through "
             "it would be missing. Say `record(..., create_graph=True)`, or take the derivative with create_graph=False."
         )
+
+
+def _refuse_hooks_after(node: Any) -> None:
+    # what would run after the op's own backward, and see or change the gradients of its parameters; a handle leads to all of them
+    handle = node.register_hook(_nothing)
+    hooks = handle.hooks_dict_ref()
+    handle.remove()
+    if hooks:
+        raise UnsupportedOpError(
+            "backward: a hook that runs after the backward of an op (`h.grad_fn.register_hook`, a module's `register_backward_hook`) would "
+            "not see the gradients of the op's parameters here. Use `h.register_hook` or `register_full_backward_hook`."
+        )
+
+
+def _nothing(*_: object) -> None:
+    """A hook that does nothing."""
 
 
 _SEEN_NODES = (Seen._backward_cls, Enter._backward_cls)  # noqa: SLF001

@@ -150,7 +150,9 @@ class _Wrapped(LateRecording):
         """Add the rows of this backward; parameters that the loss did not reach have zeros."""
         factors = self.collected()
         for name, parameter in self.parameters.items():
-            rows = dense_in(name, factors[name], None) if name in factors else parameter.new_zeros(self.n or 0, *parameter.shape)
+            rows = (
+                dense_in(name, factors[name], None) if name in factors else parameter.new_zeros(self.n or 0, *parameter.shape)
+            )
             add_rows(parameter, rows.to(parameter.dtype))
 
     def __torch_function__(
