@@ -613,13 +613,25 @@ CASES: dict[str, Case] = {
         "register a rule",
         "'codes'",
     ),
-    "fallback._joined: something else than on the batch": Case(
+    "fallback._layout: something else than on the batch": Case(
         net(lambda self, b: F.mse_loss(b, self.m), m=x(N, D)),
         "^mse_loss: ",
         "something else than on the batch",
         "for a loss, reduction='none'",
         "'m'",
         sw.MixedSamplesError,
+    ),
+    "fallback._layout: rows that cannot be told apart": Case(
+        net(
+            lambda self, b: self.table[(b[:, 0] > 9).long().repeat(2), (b[:, 0] > 9).long().repeat_interleave(2)],
+            losses=lambda model, b: model(b).view(2, -1).sum(0),
+            table=x(D, D),
+        ),
+        "^getitem: ",
+        "alike for all samples",
+        "an axis of their own",
+        "'table'",
+        sw.SampleAxisError,
     ),
     "collecting.Collector._pull: a reentrant checkpoint of a parameter": Case(
         lambda: run(Net(lambda self, b: b * checkpoint(torch.square, self.w, use_reentrant=True), w=x(D))).grads(),
