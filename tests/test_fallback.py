@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import samplewise as sw
+from samplewise import fallback
 
 N, D = 3, 4
 
@@ -73,7 +74,7 @@ OPS = {
     "take_along_dim": ((1, D), lambda p, h: torch.take_along_dim(p.expand(len(h), D), places(h), 1)),
     "take_along_dim over samples": ((D, D), lambda p, h: torch.take_along_dim(p, places(h)[:, :1].T, 1).T),
     "gather": ((D,), lambda p, h: p.expand(len(h), D).gather(1, places(h))),
-    "gather of a copy": ((D,), lambda p, h: p.repeat(len(h), 1).gather(1, places(h))),
+    "gather of a multiple": ((D,), lambda p, h: (2 * p.expand(len(h), D)).gather(1, places(h))),
     "conv_tbc": ((3, D, 2), on_steps),
     "cdist": ((5, D), lambda p, h: torch.cdist(h, p)),
     "diagonal einsum": ((D, D), lambda p, h: torch.einsum("bi,ii->bi", h, p)),
@@ -102,12 +103,13 @@ def test_few_digits_do_not_hide_the_layout(layout, kind):
     same(model, x(N, D).to(kind))
 
 
-def test_samples_of_many_rows_by_a_product_of_blocks():
-    model = Rows(torch.kron, torch.zeros(2, 1, dtype=torch.float64))
-    targets = x(2, N, seed=5)
+@pytest.mark.parametrize("times", [1, 2])
+def test_blocks_that_the_op_makes(times):
+    batch, targets = x(N, D), x(2, N, times, 1, seed=5)
+    model = Rows(lambda p, h: torch.kron(p, h.repeat_interleave(times, 0)), torch.zeros(2, 1, dtype=torch.float64))
     with sw.record(model) as rec:
-        (model(x(N, D)).view(2, N, D).sum(2) - targets).square().sum().backward()
-    alone = [(model(x(N, D)[i : i + 1]).view(2, D).sum(1) - targets[:, i]).square().sum() for i in range(N)]
+        (model(batch).view(2, N, times, D) - targets).square().sum().backward()
+    alone = [(model(batch[i : i + 1]).view(2, times, D) - targets[:, i]).square().sum() for i in range(N)]
     torch.testing.assert_close(rec.grads()["p"], torch.stack([torch.autograd.grad(loss, model.p)[0] for loss in alone]))
 
 
@@ -130,7 +132,10 @@ def third_party():
             raise ValueError("zeros only")
         return h + 0 * weight.sin()
 
-    for function in (normed, noisy, picky):
+    def picky_and_tiny(weight: Tensor, h: Tensor) -> Tensor:
+        return 1e-9 * (picky(weight, h) - h.mean(0))
+
+    for function in (normed, noisy, picky, picky_and_tiny):
         library.define(f"{function.__name__}(Tensor weight, Tensor h) -> Tensor")
         library.impl(function.__name__, function, "CompositeImplicitAutograd")
     return library, torch.ops.fallback
@@ -148,16 +153,19 @@ def test_an_op_that_runs_on_no_other_values():
     assert same(model, x(N, D)) == {"fallback"}
     with pytest.raises(sw.SampleAxisError, match=r"picky: .* alike for all samples"):
         same(model, DATA["alike"])
+    mixing = Rows(third_party()[1].picky_and_tiny, torch.zeros(D, dtype=torch.float64))
+    with pytest.raises(sw.MixedSamplesError, match=r"picky_and_tiny: .* something else than on the batch"):
+        same(mixing, x(N, D))
 
 
 def test_trials_draw_no_numbers_of_the_model(monkeypatch):
-    model, states = Rows(third_party()[1].noisy, x(D)), []
+    model, drawn = Rows(third_party()[1].noisy, x(D)), []
     for trials in (3, 0):
-        monkeypatch.setattr(sw.fallback, "TRIALS", trials)
+        monkeypatch.setattr(fallback, "TRIALS", trials)
         torch.manual_seed(0)
         same(model, x(N, D))
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
+        drawn.append(torch.rand(1))
+    assert torch.equal(*drawn)
 
 
 # --- sources with a row for each sample -------------------------------------------------------------------------------------------
@@ -170,7 +178,7 @@ def columns(h: Tensor) -> Tensor:
 WRITES = {
     "scatter": lambda p, h: h.scatter(1, columns(h), p.expand(len(h), 2)),
     "scatter at places of the samples": lambda p, h: h.scatter(1, places(h)[:, :2], p.expand(len(h), 2)),
-    "scatter of a copy": lambda p, h: h.scatter(1, columns(h), p.repeat(len(h), 1)),
+    "scatter of a multiple": lambda p, h: h.scatter(1, columns(h), 2 * p.expand(len(h), 2)),
     "scatter_": lambda p, h: h.clone().scatter_(1, columns(h), p.expand(len(h), 2)),
     "scatter_add": lambda p, h: h.scatter_add(1, columns(h), p.expand(len(h), 2)).sin(),
     "scatter_add_": lambda p, h: h.clone().scatter_add_(1, columns(h), p.expand(len(h), 2)).sin(),
@@ -228,18 +236,20 @@ def test_operands_and_gradients_are_in_the_order_that_the_model_has(layout):
     assert same(Rows(op, x(D), LAYOUTS[layout]), x(N, D)) == {"fallback"}
 
 
-def test_an_operand_keeps_an_order_of_its_own():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_operand_keeps_an_order_of_its_own(layout):
     # channels last, of which the op makes a view
     def op(p: Tensor, h: Tensor) -> Tensor:
         images = h.view(-1, 1, 2, 2).expand(-1, 3, 2, 2).contiguous(memory_format=torch.channels_last)
         return third_party_last()[1](images, p)
 
-    same(Rows(op, x(3), LAYOUTS["blocks"]), x(N, D))
+    # of samples that are alike, so that the trials tell
+    assert same(Rows(op, x(6), LAYOUTS[layout]), DATA["alike"]) == {"fallback"}
 
 
 @functools.cache
 def third_party_last():
     library = torch.library.Library("last", "FRAGMENT")
     library.define("last(Tensor h, Tensor weight) -> Tensor")
-    library.impl("last", lambda h, weight: h.permute(0, 2, 3, 1).view(len(h), -1, 3) * weight, "CompositeImplicitAutograd")
+    library.impl("last", lambda h, weight: h.permute(0, 2, 3, 1).view(len(h), 2, 6) * weight, "CompositeImplicitAutograd")
     return library, torch.ops.last.last
