@@ -409,3 +409,229 @@ def test_adaptive_softmax(labels):
     model = nn.AdaptiveLogSoftmaxWithLoss(6, 20, [4, 10]).double()
     batch = x(3, 6), torch.tensor(labels)
     assert not sw.verify(model, lambda m, batch: -m(*batch).output, batch).failures
+
+
+# --- rows in an order of the data, beside constants -----------------------------------------------------------------------------------
+
+EACH, ONE = x(4, 5, seed=9), x(5, seed=9)
+LABELS, PLACES = torch.tensor([0, 1, 2, 0]), torch.arange(4)
+
+
+class Ranked(nn.Module):
+    """`use(model, h, v, order)`: rows of features `(4, 5)` and losses `(4,)`, in an order of the data."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.linear = use, nn.Linear(4, 5)
+        self.rank = nn.Parameter(torch.ones(4))
+        self.register_buffer("each", EACH.clone())
+        self.register_buffer("grid", x(4, 3, 3, 2, seed=5).clamp(-1, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.linear(h)
+        order = h.detach().square().sum(1).argsort()
+        return self.use(self, h[order], h.square().sum(1)[order], order)
+
+
+def overwritten(target, write):
+    write(target)
+    return target
+
+
+BY_PLACE = {
+    "mul": lambda m, h, v, o: h * m.each,
+    "cat": lambda m, h, v, o: torch.cat([h, m.each], 1).square(),
+    "stack": lambda m, h, v, o: torch.stack([h, m.each], 1).prod(1),
+    "stack behind": lambda m, h, v, o: torch.stack([h, m.each], 2).prod(2),
+    "hstack": lambda m, h, v, o: torch.hstack([h, m.each]).square(),
+    "dstack": lambda m, h, v, o: torch.dstack([h, m.each]).prod(2),
+    "column_stack": lambda m, h, v, o: torch.column_stack([v, m.each[:, 0]]).prod(1),
+    "setitem": lambda m, h, v, o: overwritten(v * 1, lambda v: v.__setitem__(slice(-1, None), 0.0)),
+    "setitem of one": lambda m, h, v, o: overwritten(v * 1, lambda v: v.__setitem__(0, 0.0)),
+    "setitem by a list": lambda m, h, v, o: overwritten(v * 1, lambda v: v.__setitem__([0, 2], 0.0)),
+    "setitem by a mask": lambda m, h, v, o: overwritten(v * 1, lambda v: v.__setitem__(PLACES > 1, 0.0)),
+    "setitem of rows": lambda m, h, v, o: overwritten(h * 1, lambda h: h.__setitem__((slice(None), 0), m.each[:, 0])),
+    "setitem of columns by row": lambda m, h, v, o: overwritten(h * 1, lambda h: h.__setitem__((PLACES, LABELS), 0.0)),
+    "setitem into a constant": lambda m, h, v, o: overwritten(
+        m.each.clone(), lambda y: y.__setitem__((slice(None), [0]), h[:, :1])
+    ).prod(1),
+    "setitem into rows": lambda m, h, v, o: (
+        overwritten(torch.zeros(4, 5).double(), lambda y: y.__setitem__(PLACES, h)) * m.each
+    ),
+    "setitem into all rows": lambda m, h, v, o: (
+        overwritten(torch.zeros(4, 5).double(), lambda y: y.__setitem__(slice(None), h)) * m.each
+    ),
+    "a view": lambda m, h, v, o: overwritten(h * 1, lambda h: h[:1].mul_(2)),
+    "a row": lambda m, h, v, o: overwritten(h * 1, lambda h: h[0].zero_()),
+    "a view, twice": lambda m, h, v, o: overwritten(h * 1, lambda h: h[:1].mul_(2).add_(1)),
+    "a view that is set": lambda m, h, v, o: overwritten(h * 1, lambda h: h[:2].__setitem__(0, 1.0)),
+    "a view of columns": lambda m, h, v, o: overwritten(h * 1, lambda h: h[:, :1].mul_(m.each[:, :1])),
+    "index_copy": lambda m, h, v, o: h.index_copy(0, PLACES[:2], m.each[:2]),
+    "index_copy of columns": lambda m, h, v, o: h.index_copy(1, PLACES[:2], m.each[:, :2]),
+    "index_copy elsewhere": lambda m, h, v, o: torch.zeros_like(m.each).index_copy(0, PLACES, h) * m.each,
+    "index_add": lambda m, h, v, o: h.index_add(1, PLACES, m.each[:, :4]),
+    "index_fill": lambda m, h, v, o: h.index_fill(0, PLACES[:1], 0.0),
+    "index_put": lambda m, h, v, o: h.index_put((PLACES, LABELS), torch.zeros(()).double()),
+    "scatter": lambda m, h, v, o: h.scatter(1, LABELS[:, None], 0.0),
+    "scatter of rows": lambda m, h, v, o: h.scatter(1, torch.zeros(4, 1, dtype=torch.long), m.each),
+    "scatter some rows": lambda m, h, v, o: h.scatter(1, torch.zeros(2, 1, dtype=torch.long), 0.0),
+    "scatter_add": lambda m, h, v, o: h.scatter_add(1, LABELS[:, None], m.each),
+    "masked_scatter": lambda m, h, v, o: h.masked_scatter(PLACES[:, None] > 2, m.each),
+    "select_scatter": lambda m, h, v, o: h.select_scatter(ONE, 0, 1),
+    "select_scatter of columns": lambda m, h, v, o: h.select_scatter(m.each[:, 0], 1, 1),
+    "slice_scatter": lambda m, h, v, o: h.slice_scatter(m.each[:1], 0, 0, 1),
+    "diagonal_scatter": lambda m, h, v, o: h.diagonal_scatter(ONE[:4]),
+    "gather": lambda m, h, v, o: h.gather(1, LABELS[:, None]),
+    "gather some rows": lambda m, h, v, o: h.gather(1, torch.zeros(2, 1, dtype=torch.long)),
+    "gather then": lambda m, h, v, o: h.gather(1, h.argmax(1, keepdim=True)) * m.each,
+    "take_along_dim": lambda m, h, v, o: torch.take_along_dim(h, LABELS[:, None], 1),
+    "getitem": lambda m, h, v, o: h[PLACES, LABELS],
+    "getitem by a mask": lambda m, h, v, o: h[F.one_hot(LABELS, 5).bool()],
+    "diagonal": lambda m, h, v, o: h.diagonal(),
+    "masked_select": lambda m, h, v, o: h.masked_select(F.one_hot(LABELS, 5).bool()),
+    "masked_fill": lambda m, h, v, o: h.masked_fill(PLACES[:, None] > 2, 0.0),
+    "where": lambda m, h, v, o: torch.where(PLACES[:, None] > 2, 0.0, h),
+    "cross_entropy": lambda m, h, v, o: F.cross_entropy(h, LABELS, reduction="none"),
+    "cross_entropy, summed": lambda m, h, v, o: F.cross_entropy(h, LABELS, reduction="sum"),
+    "cross_entropy of shares": lambda m, h, v, o: F.cross_entropy(h, m.each.softmax(1), reduction="none"),
+    "nll_loss": lambda m, h, v, o: F.nll_loss(h.log_softmax(1), LABELS),
+    "multi_margin_loss": lambda m, h, v, o: F.multi_margin_loss(h, LABELS, reduction="none"),
+    "mse_loss": lambda m, h, v, o: F.mse_loss(h, m.each),
+    "cosine_embedding_loss": lambda m, h, v, o: F.cosine_embedding_loss(
+        h, ONE.expand(4, 5), LABELS.sign() * 2 - 1, reduction="none"
+    ),
+    "cosine_similarity": lambda m, h, v, o: F.cosine_similarity(h, m.each),
+    "grid_sample": lambda m, h, v, o: F.grid_sample(h[:, None, None], m.grid, align_corners=False),
+    "einsum": lambda m, h, v, o: torch.einsum("n,n->n", v, m.each[:, 0]),
+    "einsum with a parameter": lambda m, h, v, o: torch.einsum("n,n->n", v, m.rank),
+    "bmm": lambda m, h, v, o: torch.bmm(h[:, None], m.each[:, :, None]),
+    "baddbmm": lambda m, h, v, o: torch.baddbmm(m.each[:, None, :1], h[:, None], ONE.expand(4, 5)[:, :, None]),
+    "bilinear": lambda m, h, v, o: F.bilinear(h, m.each, torch.ones(2, 5, 5).double()),
+    "solve": lambda m, h, v, o: torch.linalg.solve(torch.diag_embed(h.square() + 1), m.each),
+    "a parameter": lambda m, h, v, o: h * m.rank[:, None],
+    "a parameter, part of it": lambda m, h, v, o: h * m.rank[: len(h), None],
+    "a parameter joined": lambda m, h, v, o: torch.cat([h, m.rank[:, None]], 1).square(),
+    "another order": lambda m, h, v, o: torch.stack([h, m.linear(EACH[:, :4])], 1).prod(1),
+}
+
+
+@pytest.mark.parametrize("use", BY_PLACE)
+@pytest.mark.parametrize("identity", [False, True])
+def test_rows_of_an_order_do_not_meet_constants_by_place(use, identity):
+    """Also where the data are in order already."""
+    torch.manual_seed(0)
+    model, h = Ranked(BY_PLACE[use]).double(), x(4, 4)
+    if identity:
+        h = h[model.linear(h).square().sum(1).argsort()].detach()
+    with sw.record(model) as rec:
+        for table in (EACH, LABELS, PLACES):
+            rec.constant(table)
+        with pytest.raises(sw.SamplewiseError):
+            model(h).sum().backward()
+
+
+BY_SAMPLE = {
+    "mul": lambda m, h, v, o: (h * ONE).sum(1),
+    "cat": lambda m, h, v, o: torch.cat([h, ONE.expand(4, 5)], 1).square().sum(1),
+    "stack": lambda m, h, v, o: torch.stack([h, ONE.expand(4, 5)], 1).prod(1).sum(1),
+    "hstack": lambda m, h, v, o: torch.hstack([h, torch.ones(4, 2).double()]).square().sum(1),
+    "setitem of columns": lambda m, h, v, o: overwritten(h * 1, lambda h: h.__setitem__((slice(None), 0), 2.0)).sum(1),
+    "setitem by their own": lambda m, h, v, o: overwritten(h * 1, lambda h: h.__setitem__(h[:, 0] > 0, 2.0)).sum(1),
+    "setitem of every row": lambda m, h, v, o: overwritten(
+        h * 1, lambda h: h.__setitem__((slice(None), [0, 1]), h[:, 2:4])
+    ).sum(1),
+    "setitem into zeros": lambda m, h, v, o: overwritten(
+        h.new_zeros(4, 6), lambda y: y.__setitem__((slice(None), slice(5)), h)
+    ).sum(1),
+    "a view of columns": lambda m, h, v, o: overwritten(h * 1, lambda h: h[:, :1].mul_(2)).sum(1),
+    "index_copy": lambda m, h, v, o: h.index_copy(1, PLACES[:2], h[:, 2:4]).square().sum(1),
+    "index_fill": lambda m, h, v, o: h.index_fill(1, PLACES[:2], 0.0).square().sum(1),
+    "scatter": lambda m, h, v, o: h.scatter(1, h.argmax(1, keepdim=True), 0.0).square().sum(1),
+    "scatter_": lambda m, h, v, o: (torch.zeros_like(m.each).scatter_(1, h.argmax(1, keepdim=True), 1.0) * h).sum(1),
+    "gather": lambda m, h, v, o: h.gather(1, h.argmax(1, keepdim=True))[:, 0],
+    "gather of a column": lambda m, h, v, o: h.gather(1, torch.ones(4, 2, dtype=torch.long)).prod(1),
+    "topk": lambda m, h, v, o: h.topk(2)[0].prod(1),
+    "getitem": lambda m, h, v, o: h[PLACES, h.argmax(1)],
+    "getitem of a column": lambda m, h, v, o: h[:, [1, 1]].prod(1),
+    "cross_entropy": lambda m, h, v, o: F.cross_entropy(h, h.argmin(1), reduction="none"),
+    "cross_entropy of one class": lambda m, h, v, o: F.cross_entropy(h, torch.ones(4, dtype=torch.long), reduction="none"),
+    "nll_loss with weights": lambda m, h, v, o: F.nll_loss(h.log_softmax(1), h.argmin(1), ONE.abs(), reduction="none"),
+    "linear": lambda m, h, v, o: F.linear(h, m.each).square().sum(1),
+    "bmm": lambda m, h, v, o: torch.bmm(h[:, None], h[:, :, None])[:, 0, 0],
+    "layer_norm": lambda m, h, v, o: F.layer_norm(h, (5,), ONE).square().sum(1),
+    "a parameter of the features": lambda m, h, v, o: (h[:, :4] * m.rank).sum(1),
+    "one parameter for all": lambda m, h, v, o: (h[:, :4] * m.rank.expand(4, 4)).sum(1),
+    "another layer": lambda m, h, v, o: m.linear(h[:, :4]).square().sum(1),
+    "its own rows": lambda m, h, v, o: (h * torch.stack([h.sin(), h.cos()], 1).prod(1)).sum(1),
+}
+
+
+def test_a_trimmed_loss_is_refused():
+    model, h = nn.Linear(4, 5).double(), x(4, 4)
+    with sw.record(model):
+        losses = model(h).square().sum(1)
+        losses = losses[losses.detach().argsort()]
+        losses[-1:] = 0
+        with pytest.raises(sw.MixedSamplesError):
+            losses.sum().backward()
+
+
+class Nested(nn.Module):
+    """`use(module, h, out, mask)` on rows that a first mask picked, and what a second one picks of them."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.linear, self.inner = use, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, h: Tensor) -> Tensor:
+        flat, out = h.flatten(0, 1), torch.zeros(h.shape[0] * h.shape[1], 4, dtype=h.dtype)
+        picked = flat[:, 0] > -1
+        rows = self.linear(flat[picked])
+        out[picked] = self.use(self, rows, rows[:, 0] > 0)
+        return out.view_as(h)
+
+
+def at(write):
+    return lambda m, h, mask: write(torch.zeros(len(h), 4, dtype=h.dtype), mask.nonzero()[:, 0], m.inner(h[mask]))
+
+
+WITHIN = {
+    "setitem": lambda m, h, mask: overwritten(torch.zeros(len(h), 4).double(), lambda y: y.__setitem__(mask, m.inner(h[mask]))),
+    "index_add": at(lambda out, places, new: out.index_add(0, places, new)),
+    "index_put": at(lambda out, places, new: out.index_put((places,), new)),
+    "scatter": at(lambda out, places, new: out.scatter(0, places[:, None].expand_as(new), new)),
+    "masked_scatter": lambda m, h, mask: torch.zeros_like(h).masked_scatter(mask[:, None], m.inner(h[mask])),
+}
+
+
+@pytest.mark.parametrize("use", WITHIN)
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_picked_among_picked_rows(use, seed):
+    torch.manual_seed(seed)
+    model, h = Nested(WITHIN[use]).double(), x(3, 4, 4, seed=seed)
+    assert not sw.verify(model, lambda m, h: m(h).sin().sum((1, 2)), h).failures
+
+
+@pytest.mark.parametrize("use", WITHIN)
+def test_rows_picked_among_picked_rows_do_not_meet_constants_by_place(use):
+    def by_place(m, h, mask):
+        return WITHIN[use](m, h, mask) * torch.arange(len(h))[:, None]
+
+    torch.manual_seed(0)
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_norms(Nested(by_place).double(), lambda m, h: m(h).sin().sum((1, 2)), x(3, 4, 4))
+
+
+@pytest.mark.parametrize("use", BY_SAMPLE)
+@pytest.mark.parametrize("identity", [False, True])
+def test_rows_of_an_order_meet_what_is_theirs(use, identity):
+    torch.manual_seed(0)
+    model, h = Ranked(BY_SAMPLE[use]).double(), x(4, 4)
+    if identity:
+        h = h[model.linear(h).square().sum(1).argsort()].detach()
+    with sw.record(model) as rec:
+        for table in (EACH, LABELS, PLACES):
+            rec.constant(table)
+        model(h).sum().backward()
+    order = model.linear(h).square().sum(1).argsort()
+    same(rec, model, [model(h)[place] for place in order.argsort()])

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from .axes import HOST, NOBODY, Axis, Call, Lost, Selection, Where, in_step_now
+from .axes import HOST, NOBODY, Axis, Call, Lost, Selection, Where, differs_by_row, in_step_now, same_order
 from .contractions import CONTRACTIONS
 from .errors import SampleAxisError
 from .movement import dim_of, without
@@ -37,15 +37,7 @@ def broadcast(call: Call, out: Tensor) -> Where:
         if not axis.in_step(other):
             return Lost(call.name)
         found = found if found.chosen is not None else replace(found, chosen=placed.chosen)
-    return Lost(call.name) if found.chosen is not None and _placed_by_a_constant(call, out, found) else found
-
-
-def _placed_by_a_constant(call: Call, out: Tensor, axis: Axis) -> bool:
-    """Whether rows that the data chose meet a constant with rows of its own, which it would meet by place."""
-    rows = axis.size(call.n)
-    dims = ((x, axis.dim - out.ndim + x.ndim) for x in call.tensors if call.where(x) is None)
-    own = (x.movedim(dim, 0) for x, dim in dims if dim >= 0 and x.shape[dim] == rows > 1 and x.stride(dim))
-    return not in_step_now() and any(not x.equal(x[:1].expand_as(x)) for x in own)
+    return found
 
 
 def _merged(a: Axis, b: Axis, n: int) -> Axis | None:
@@ -230,13 +222,15 @@ def _picked(axis: Axis, own: Where | None, index: Tensor, n: int) -> Selection |
     if isinstance(own, Lost):
         return _reordered(axis, own, index, n) if _takes_all(index, rows) else False
     if own is not None:
-        return own.chosen
+        # its numbers must be of rows in the order that these are in
+        known = same_order(axis.chosen, own.chosen and own.chosen.among)
+        return (own.chosen and replace(own.chosen, among=axis.chosen and axis.chosen.among)) if known else False
     places = (index.flatten() % max(1, rows)).tolist()
     if axis.chosen is not None and (len(set(places)) < len(places) or not axis.may_take(places, n)) and not in_step_now():
         return False
     if axis.chosen is None or _in_order(axis, axis.chosen, index.flatten().cpu(), n):
         return axis.chosen and axis.chosen.before()
-    return axis.chosen.moved()
+    return axis.chosen if places == list(range(rows)) else axis.chosen.moved()
 
 
 def _reordered(axis: Axis, own: Lost, index: Tensor, n: int) -> Selection | None:
@@ -245,14 +239,14 @@ def _reordered(axis: Axis, own: Lost, index: Tensor, n: int) -> Selection | None
     picked = axis.chosen is not None and (before.picked or before.order is None)
     keys = own.keys if own.keys is not None and len(own.keys) == len(rows) else None
     if before.order is None:
-        return Selection(keys, rows, own.order or object(), picked)
+        return Selection(keys, rows, own.order or object(), picked, before.among)
     if own.order is before.order:
         # the same sort again
-        return Selection(keys, order=object(), picked=picked)
+        return Selection(keys, order=object(), picked=picked, among=before.among)
     if _in_order(axis, before, rows, n):
         return before.before()
     places = None if before.places is None else before.places[rows]
-    return Selection(keys, places, own.order or object(), picked)
+    return Selection(keys, places, own.order or object(), picked, before.among)
 
 
 def _in_order(axis: Axis, chosen: Selection, rows: Tensor, n: int) -> bool:
@@ -273,11 +267,13 @@ def _takes_all(index: Tensor, rows: int) -> bool:
 
 def indexed(call: Call, out: Tensor) -> Where:
     """`x[index]` with integers, slices, None, Ellipsis and tensors."""
+    if index_meets(call, *call.args[:2]) and not in_step_now():
+        return Lost(call.name)
     return through_index(call, call.args[0], call.args[1], out)
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One entry of an index: what it takes from axis `source` (None adds an axis), and where its own samples are."""
 
     source: int
@@ -288,7 +284,7 @@ class _Item:
 def through_index(call: Call, x: Tensor, index: object, out: Tensor) -> Where:
     """Where the sample axis of `x[index]` is."""
     # integers are selected first, whatever stands between them
-    given = _full_index(call, x, index)
+    given = index_items(call, x, index)
     items = [item for item in given if not isinstance(item.taken, int)]
     axis, picked = call.where(x), {item.source for item in items if item.taken is not None}
     if isinstance(axis, Axis) and axis.dim not in picked:
@@ -315,7 +311,7 @@ def through_index(call: Call, x: Tensor, index: object, out: Tensor) -> Where:
     return where or Lost(call.name)
 
 
-def _one_row(call: Call, axis: Axis, items: list[_Item], row: int, out: Tensor) -> Where:
+def _one_row(call: Call, axis: Axis, items: list[Item], row: int, out: Tensor) -> Where:
     """`x[3]` on the sample axis: all of the result is that row's."""
     owner = int(axis.owners(call.n)[row])
     if not axis.may_take([row % axis.size(call.n)], call.n):
@@ -334,7 +330,7 @@ def _through_slice(call: Call, part: slice, axis: Axis, place: int) -> Axis | No
     return Axis.of_rows(place, axis.owners(call.n)[part], call.n, axis.chosen and axis.chosen.part(part))
 
 
-def _axes_of_tensor(call: Call, item: _Item, axis: Axis | None, place: int) -> set[Axis | None]:
+def _axes_of_tensor(call: Call, item: Item, axis: Axis | None, place: int) -> set[Axis | None]:
     """The axes that an index tensor, whose first dim is at `place` of the result, brings there; None: it scatters the samples."""
     index, own = item.taken, item.where
     if axis is None:
@@ -349,7 +345,7 @@ def _axes_of_tensor(call: Call, item: _Item, axis: Axis | None, place: int) -> s
     return {_merged(rows, own.at(own.dim + place), call.n) if rows and isinstance(own, Axis) else rows}
 
 
-def _full_index(call: Call, x: Tensor, index: object) -> list[_Item]:
+def index_items(call: Call, x: Tensor, index: object) -> list[Item]:
     """Every entry of an index, with the ellipsis and the missing dims written out, and masks as the positions they take."""
     given = index if isinstance(index, tuple) else (index,)
     items = [_as_item(item) for item in given]
@@ -359,26 +355,57 @@ def _full_index(call: Call, x: Tensor, index: object) -> list[_Item]:
     if not any(item is Ellipsis for item in items):
         items.append(Ellipsis)
     hidden = x.ndim - sum(_consumed(item) for item in items)
-    full: list[_Item] = []
+    full: list[Item] = []
     source = 0
     for item in items:
         if item is Ellipsis:
-            full += [_Item(source + k, slice(None)) for k in range(hidden)]
+            full += [Item(source + k, slice(None)) for k in range(hidden)]
             source += hidden
         elif _is_mask(item):
             full += _mask_items(call, item, source)
         else:
-            full.append(_Item(source, item, call.where(item) if id(item) in own else None))
+            full.append(Item(source, item, call.where(item) if id(item) in own else None))
         source += _consumed(item)
     return full
 
 
-def _mask_items(call: Call, mask: Tensor, source: int) -> list[_Item]:
+def index_meets(call: Call, x: Tensor, index: object) -> bool:
+    """Whether rows that the data chose are beside constants of their own, or rows in another order, among the parts of an index."""
+    axis, items = call.where(x), [item for item in index_items(call, x, index) if isinstance(item.taken, Tensor)]
+    return any(
+        _beside([other for other in items if other is not item], axis, dim, chosen)
+        for item in items
+        for dim, chosen in _rows_of_item(axis, item)
+        if chosen is not None and len(items) > 1
+    )
+
+
+def _rows_of_item(axis: Where | None, item: Item) -> list[tuple[int, Selection | None]]:
+    """The dim, from the right, on which a part of an index has rows, and what is known of them."""
+    index = item.taken
+    if isinstance(item.where, Axis):
+        return [(item.where.dim - index.ndim, item.where.chosen)]
+    lines = [dim - index.ndim for dim in range(index.ndim) if index.shape[dim] == index.numel()]
+    if not lines or not isinstance(axis, Axis) or item.source != axis.dim or axis.chosen is None:
+        return []
+    same = index.flatten().tolist() == list(range(index.numel()))
+    return [(lines[0], axis.chosen if same else axis.chosen.moved())]
+
+
+def _beside(others: list[Item], axis: Where | None, dim: int, chosen: Selection) -> bool:
+    plain = [item for item in others if item.where is None and not _rows_of_item(axis, item)]
+    if any(item.taken.ndim + dim >= 0 and differs_by_row(item.taken, item.taken.ndim + dim) for item in plain):
+        return True
+    rows = [known for item in others for _, known in _rows_of_item(axis, item)]
+    return not all(same_order(chosen, known) for known in rows)
+
+
+def _mask_items(call: Call, mask: Tensor, source: int) -> list[Item]:
     own, parts = call.where(mask), mask.nonzero(as_tuple=True)
     if isinstance(own, Axis):
-        rows = Axis.of_rows(0, own.owners(call.n)[parts[own.dim].cpu()], call.n, Selection())
-        return [_Item(source + k, part, rows) for k, part in enumerate(parts)]
-    return [_Item(source + k, part, own) for k, part in enumerate(parts)]
+        rows = Axis.of_rows(0, own.owners(call.n)[parts[own.dim].cpu()], call.n, Selection.of_those(own.chosen))
+        return [Item(source + k, part, rows) for k, part in enumerate(parts)]
+    return [Item(source + k, part, own) for k, part in enumerate(parts)]
 
 
 def _as_item(item: object) -> Any:

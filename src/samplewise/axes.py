@@ -22,21 +22,33 @@ class Selection:
     order: object = None
     # whether they were picked before they were sorted: places are among those picked
     picked: bool = False
+    # of numbers of rows: what there is to say of the rows that they number
+    among: "Selection | None" = None
 
     def part(self, rows: slice) -> "Selection":
         """What is known of some of the rows."""
         places = None if self.places is None else self.places[rows]
         return Selection(
-            self.keys and self.keys[rows], places, self.order and (object() if places is None else self.order), self.picked
+            self.keys and self.keys[rows],
+            places,
+            self.order and (object() if places is None else self.order),
+            self.picked,
+            self.among,
         )
 
     def before(self) -> "Selection | None":
         """What there was to say before the rows were sorted."""
-        return Selection() if self.picked else None
+        return Selection(among=self.among) if self.picked else None
 
     def moved(self) -> "Selection":
         """What is left to say of rows that went to other places."""
-        return Selection(order=self.order and object(), picked=self.picked)
+        return Selection(order=self.order and object(), picked=self.picked, among=self.among)
+
+    @staticmethod
+    def of_those(chosen: "Selection | None") -> "Selection":
+        """What there is to say of rows that the data picked among such, and of their numbers."""
+        order = chosen and chosen.order
+        return Selection(order=order, picked=order is not None, among=chosen)
 
     def may_take(self, places: Iterable[int], axis: "Axis", n: int) -> bool:
         """Whether rows at some places are told from the others by their own keys, and not by the other samples."""
@@ -113,6 +125,11 @@ class Axis:
         return Axis(0, ragged=(NOBODY,) * (x.shape[0] if x.ndim else 1)) if x.requires_grad else None
 
     @property
+    def one_row_each(self) -> bool:
+        """Whether no sample has two rows."""
+        return self.outer == self.inner == 1 and (self.ragged is None or len(set(self.ragged)) == len(self.ragged))
+
+    @property
     def nobodys(self) -> bool:
         """Whether no row belongs to any sample, as far as there are rows."""
         return bool(self.ragged) and set(self.ragged or ()) == {NOBODY}
@@ -129,7 +146,7 @@ class Axis:
 
     def in_step(self, other: "Axis") -> bool:
         """Whether rows that meet row by row are in one order, as far as the data changed it."""
-        return in_step_now() or (self.chosen and self.chosen.order) is (other.chosen and other.chosen.order)
+        return same_order(self.chosen, other.chosen)
 
     def __str__(self) -> str:
         """For messages."""
@@ -232,6 +249,8 @@ class Call:
     results: list[Tensor] = field(init=False, default_factory=list)
     # where the tensors are, by id: an in-place op changes it, so each is looked up once
     known: dict[int, Where | None] = field(init=False, default_factory=dict)
+    # those that nobody owns, whose history has no parameter
+    unowned: set[int] = field(init=False, default_factory=set)
     _placed: list[tuple[Tensor, Axis]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -260,6 +279,7 @@ class Call:
         found = [x for x in self.tensors if isinstance(where := self.where(x), Axis) and where.ragged and where.nobodys]
         if found:
             self.known.update((id(x), None) for x in found)
+            self.unowned |= {id(x) for x in found}
             self._placed = None
         return bool(found)
 
@@ -277,6 +297,41 @@ class Call:
             return None
         owners = {axis.sample for _, axis in placed}
         return owners.pop() if len(owners) == 1 else None
+
+
+def same_order(a: Selection | None, b: Selection | None) -> bool:
+    """Whether rows are in one order, as far as the data changed it."""
+    return (a and a.order) is (b and b.order) or in_step_now()
+
+
+def differs_by_row(x: Tensor, dim: int) -> bool:
+    """Whether a constant has something else for each row, which rows in an order of the data would meet by their place."""
+    if x.layout != torch.strided:
+        return True
+    if x.shape[dim] < 2 or not x.stride(dim):
+        return False
+    # rows of a parameter may have one value, and still have gradients of their own
+    return is_parameter(x) or not x.equal(x.narrow(dim, 0, 1).expand_as(x))
+
+
+def is_parameter(x: Tensor) -> bool:
+    """Whether a constant has a gradient, or might."""
+    return x.requires_grad or isinstance(x, torch.nn.Parameter)
+
+
+def meets_by_place(call: Call, axis: Axis, met: Iterable[tuple[Tensor, int]]) -> bool:
+    """Whether rows that the data chose are beside constants with rows of their own, or rows in another order, on the given dims."""
+    if in_step_now():
+        return False
+    for x, dim in met:
+        where = call.where(x)
+        # where no sample has two rows, the samples tell whether the orders agree
+        told = isinstance(where, Axis) and axis.one_row_each and axis.at(dim) == where
+        if isinstance(where, Axis) and where.dim == dim and not told and not axis.in_step(where):
+            return True
+        if where is None and differs_by_row(x.detach() if id(x) in call.unowned else x, dim):
+            return True
+    return False
 
 
 def whole(x: Tensor) -> Axis:

@@ -1,17 +1,30 @@
-"""Where rows go, by example: an op that only moves data is run on the owners of its elements.
+"""Where rows go that are taken and written by an index: the owners of their elements go the same way.
 
-It serves what no formula covers: joining and cutting along the sample axis, routing rows to experts and back, messages in graphs.
+It serves what no formula covers: routing rows to experts and back, messages in graphs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .alignment import Several, through_index
-from .axes import HOST, NOBODY, Axis, Call, Lost, Selection, Where, in_step_now, swapped, tensors_in, whole
+from .alignment import Item, index_items, index_meets, through_index
+from .axes import (
+    NOBODY,
+    Axis,
+    Call,
+    Lost,
+    Selection,
+    Where,
+    differs_by_row,
+    in_step_now,
+    meets_by_place,
+    same_order,
+    tensors_in,
+    whole,
+)
 from .movement import dim_of
 
 
@@ -47,98 +60,11 @@ def agreed(first: Tensor, second: Tensor) -> Tensor | None:
     return None if differ.any() else torch.maximum(first, second)
 
 
-def moved(function: Callable[..., object]) -> Several:
-    """An op without an index: its first argument, a tensor or several, is the data."""
-
-    def move(call: Call, out: Tensor) -> Where | None:
-        data = call.args[:1] or (call.kwargs.get("tensors", call.kwargs.get("input")),)
-        if any(call.where(x) for x in call.tensors if not any(x is y for y in tensors_in(data))):
-            return Lost(call.name)
-        args, kwargs = swapped((call.args, call.kwargs), {id(x): marks(call, x) for x in tensors_in(data)})
-        place = next((k for k, x in enumerate(call.results) if x is out), 0)
-        found = tensors_in(function(*args, **kwargs))[place]
-        where = axis_of(found, call.n, call.name)
-        if not isinstance(where, Axis) or not any(axis.chosen for _, axis in call.placed()):
-            return where
-        if not _may_take(call, function, data, place):
-            return Lost(call.name)
-        keys, places = (
-            _carried(call, function, data, place, where.dim, told) for told in (lambda c: c.keys, lambda c: c.places)
-        )
-        return replace(where, chosen=_joined_selection(call, keys, places))
-
-    return move
-
-
-def _joined_selection(call: Call, keys: tuple[int, ...] | None, places: tuple[int, ...] | None) -> Selection:
-    """What is known of rows of several operands: the sort they are in by, if they all are, and none was picked beside it."""
-    chosen = [axis.chosen or Selection() for _, axis in call.placed()]
-    orders = {id(own.order): own.order for own in chosen}
-    if places is not None and len(orders) == 1 and chosen[0].order is not None and len({own.picked for own in chosen}) == 1:
-        return Selection(keys, torch.tensor(places, dtype=torch.long, device=HOST), chosen[0].order, chosen[0].picked)
-    return Selection(keys, order=object() if any(own.order for own in chosen) else None)
-
-
-def _may_take(call: Call, function: Callable[..., object], data: tuple[Any, ...], place: int) -> bool:
-    """Whether the rows that an op takes of those that the data chose may be told by their place."""
-    return all(
-        axis.may_take(
-            set(_by_row(call, function, data, place, {id(x): range(axis.size(call.n))}).flatten().tolist()) - {NOBODY}, call.n
-        )
-        for x, axis in call.placed()
-        if axis.chosen is not None
-    )
-
-
-def _carried(
-    call: Call,
-    function: Callable[..., object],
-    data: tuple[Any, ...],
-    place: int,
-    dim: int,
-    told: Callable[[Selection], Sequence[int] | Tensor | None],
-) -> tuple[int, ...] | None:
-    """What the resulting rows were sorted by, or where they came from, if that is known of every operand."""
-    numbers: dict[int, list[int]] = {}
-    for x, axis in call.placed():
-        own = None if axis.chosen is None else told(axis.chosen)
-        if own is None or len(own) != axis.size(call.n):
-            return None
-        numbers[id(x)] = [int(k) for k in own]
-    found = _by_row(call, function, data, place, numbers).movedim(dim, 0)
-    return tuple((found.flatten(1).amax(1) if found.ndim > 1 and found.numel() else found.flatten()).tolist())
-
-
-def _by_row(
-    call: Call, function: Callable[..., object], data: tuple[Any, ...], place: int, numbers: Mapping[int, Sequence[int]]
-) -> Tensor:
-    """The op on a number for each row of some operands, given by id."""
-    new = {id(y): torch.full((), NOBODY, device=y.device).expand(y.shape) for y in tensors_in(data)}
-    for x, axis in call.placed():
-        if id(x) in numbers:
-            rows = torch.tensor(list(numbers[id(x)]), dtype=torch.long, device=x.device)
-            new[id(x)] = rows.reshape(-1, *[1] * (x.ndim - axis.dim - 1)).expand(x.shape)
-    args, kwargs = swapped((call.args, call.kwargs), new)
-    return tensors_in(function(*args, **kwargs))[place]
-
-
-def reshaped_alike(call: Call, out: Tensor) -> Where:
-    """A reshape of rows that follow no pattern."""
-    x, axis = call.placed()[0]
-    same = axis.ragged is not None and x.numel() == out.numel()
-    there = axis_of(marks(call, x).reshape(out.shape), call.n, call.name) if same else None
-    if not isinstance(there, Axis):
-        return Lost(call.name)
-    if axis.chosen is None or there.size(call.n) == axis.size(call.n):
-        return replace(there, chosen=axis.chosen)
-    return replace(there, chosen=axis.chosen.moved()) if in_step_now() else Lost(call.name)
-
-
 def occurring(call: Call, _: Tensor) -> Where:
     """`nonzero`, and `where` with a condition alone: the places of the entries that hold, each its sample's."""
     x, axis = call.placed()[0]
     places = x.detach().nonzero()[:, axis.dim] if x.ndim else x.new_zeros(int(bool(x)), dtype=torch.long)
-    return Axis.of_rows(0, axis.owners(call.n)[places.cpu()], call.n, Selection())
+    return Axis.of_rows(0, axis.owners(call.n)[places.cpu()], call.n, Selection.of_those(axis.chosen))
 
 
 def picked(call: Call, _: Tensor) -> Where:
@@ -150,17 +76,8 @@ def picked(call: Call, _: Tensor) -> Where:
     where = mask.expand(shape)
     found = agreed(marks(call, x).expand(shape)[where], marks(call, mask).expand(shape)[where])
     axis = None if found is None else axis_of(found, call.n, call.name)
-    return replace(axis, chosen=Selection()) if isinstance(axis, Axis) else Lost(call.name)
-
-
-def scattered_part(function: Callable[..., Tensor]) -> Several:
-    """`slice_scatter` and its like: the second operand goes to a part of the first."""
-
-    def move(call: Call, _: Tensor) -> Where | None:
-        args, kwargs = swapped((call.args, call.kwargs), {id(x): marks(call, x).clone() for x in call.args[:2]})
-        return axis_of(function(*args, **kwargs), call.n, call.name)
-
-    return move
+    chosen = next((own.chosen for _, own in call.placed() if own.chosen), None)
+    return replace(axis, chosen=Selection.of_those(chosen)) if isinstance(axis, Axis) else Lost(call.name)
 
 
 def gathered(call: Call, _: Tensor) -> Where | None:
@@ -169,11 +86,23 @@ def gathered(call: Call, _: Tensor) -> Where | None:
     dim = call.get(1 if call.name == "gather" else 2, "dim")
     if not isinstance(index, Tensor) or dim is None or x.ndim != index.ndim:
         return Lost(call.name)
+    rows = next(((y, axis) for y, axis in call.placed() if axis.chosen), None)
+    if rows is not None and not in_step_now() and _takes_by_place(call, x, index, dim_of(x, dim), *rows):
+        return Lost(call.name)
     # without `gather`, take_along_dim broadcasts its operands
     shape = index.shape if call.name == "gather" else torch.take_along_dim(x.detach(), index, dim).shape
     owners = torch.take_along_dim(marks(call, x), index, dim) if call.name != "gather" else marks(call, x).gather(dim, index)
     found = agreed(owners, marks(call, index).expand(shape))
-    return Lost(call.name) if found is None else axis_of(found, call.n, call.name)
+    where = Lost(call.name) if found is None else axis_of(found, call.n, call.name)
+    return replace(where, chosen=rows[1].chosen) if isinstance(where, Axis) and rows is not None else where
+
+
+def _takes_by_place(call: Call, x: Tensor, index: Tensor, dim: int, own: Tensor, axis: Axis) -> bool:
+    """Whether entries are taken of rows that the data chose, or for them, by a constant of each, or over the rows."""
+    if axis.dim == dim:
+        return isinstance(call.where(x), Axis)
+    cut = call.name == "gather" and index.shape[axis.dim] != own.shape[axis.dim]
+    return cut or meets_by_place(call, axis, [(x, axis.dim), (index, axis.dim)])
 
 
 @dataclass(frozen=True)
@@ -223,7 +152,10 @@ def along_dim(call: Call, _: Tensor) -> Where | None:
         lambda held, new: held.index_copy(dim, rows, new),
         adds=not filled and call.name != "index_copy",
     )
-    return _put_back(call, index, source, write.after(call))
+    after = _put_back(call, index, source, write.after(call))
+    return _settled(
+        call, after, Placing(target, index, source, dim, lambda touched: touched.index_fill(dim, rows, 1), write.adds)
+    )
 
 
 def _put_back(call: Call, index: Tensor, source: object, where: Where | None) -> Where | None:
@@ -242,6 +174,73 @@ def _put_back(call: Call, index: Tensor, source: object, where: Where | None) ->
         return replace(where, chosen=Selection(order=object()))
     back = places[index.cpu().argsort(stable=True)]
     return where if back.equal(back.sort()[0]) else replace(where, chosen=Selection(order=object()))
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What an op writes where: along `dim`, entry by entry; `touch` fills the places with ones."""
+
+    target: Tensor
+    index: Tensor | None
+    source: object
+    dim: int
+    touch: Callable[[Tensor], Tensor]
+    adds: bool
+
+
+def _settled(call: Call, after: Where | None, put: Placing) -> Where | None:
+    """What is known of the rows of a target that was written, where the data chose some of the rows concerned."""
+    chosen = next((axis for _, axis in call.placed() if axis.chosen), None)
+    if not isinstance(after, Axis) or chosen is None or in_step_now():
+        return after
+    assert put.index is not None
+    own, to = call.where(put.target), call.where(put.index)
+    source = put.source if isinstance(put.source, Tensor) and put.source.ndim else None
+    brought = None if source is None else call.where(source)
+    flat = put.index.ndim < put.target.ndim or call.name.startswith("index_")
+    rows = next((where.dim for where in (own, brought) if isinstance(where, Axis)), None)
+    if rows is None:
+        rows = put.dim if flat or not isinstance(to, Axis) else to.dim
+    if rows == put.dim and not (flat and to is None and put.index.tolist() == list(range(put.target.shape[rows]))):
+        return _placed_rows(call, after, to, [] if source is None else [(source, put.dim)], put)
+    # each row has its own written, along another axis
+    met = [y for y in (None if flat else put.index, source) if y is not None]
+    cut = any(y.shape[rows] != put.target.shape[rows] for y in met)
+    if cut or meets_by_place(call, chosen, [(y, rows) for y in met]):
+        return Lost(call.name)
+    if isinstance(own, Axis) and not chosen.in_step(own):
+        return Lost(call.name)
+    return Lost(call.name) if own is None and _rest_differs(call, rows, put) else replace(after, chosen=chosen.chosen)
+
+
+def _placed_rows(call: Call, after: Axis, to: Where | None, met: list[tuple[Tensor, int]], put: Placing) -> Where:
+    """Rows that go to places among the rows of the target."""
+    own = call.where(put.target)
+    held = own.chosen if isinstance(own, Axis) else None
+    if isinstance(to, Lost):
+        return after if after.chosen or held is None else replace(after, chosen=held)
+    if to is None:
+        # to constant places: by their own
+        return Lost(call.name)
+    among = to.chosen and to.chosen.among
+    if to.chosen and meets_by_place(call, to, met):
+        return Lost(call.name)
+    if isinstance(own, Axis):
+        return replace(after, chosen=held) if same_order(held, among) else Lost(call.name)
+    return Lost(call.name) if among is not None and _rest_differs(call, put.dim, put) else replace(after, chosen=among)
+
+
+def _rest_differs(call: Call, dim: int, put: Placing) -> bool:
+    """Whether a constant that was written to had rows of its own, as far as that can be told afterwards."""
+    target = put.target
+    if call.name != "setitem" and not any(target is x for x in call.results):
+        return differs_by_row(target, dim)
+    if put.adds or target.is_complex():
+        return True
+    values = torch.unique(target.detach(), return_inverse=True)[1]
+    touched = put.touch(torch.zeros(target.shape, dtype=torch.long, device=target.device)) > 0
+    most, least = values.masked_fill(touched, -1).amax(dim), values.masked_fill(touched, target.numel()).amin(dim)
+    return bool((most > least).any())
 
 
 def scattered(call: Call, _: Tensor) -> Where | None:
@@ -264,7 +263,9 @@ def scattered(call: Call, _: Tensor) -> Where | None:
         lambda held, new: held.scatter(dim, index, new),
         adds,
     )
-    return _put_back(call, index, source, write.after(call))
+    after = _put_back(call, index, source, write.after(call))
+    dim = dim_of(target, dim)
+    return _settled(call, after, Placing(target, index, source, dim, lambda touched: touched.scatter(dim, index, 1), adds))
 
 
 def put(call: Call, _: Tensor) -> Where | None:
@@ -282,7 +283,21 @@ def masked_put(call: Call, out: Tensor) -> Where | None:
     if (mine != NOBODY).any() and not coming.equal(mine):
         return Lost(call.name)
     write = Write(held, agreed(coming, mine), lambda kept: kept[mask], lambda kept, new: _set(kept, mask, new), adds=False)
-    return write.after(call)
+    return _settled_mask(
+        call, write.after(call), Placing(target, call.get(1, "mask"), source, 0, lambda x: _set(x, mask, 1), adds=False)
+    )
+
+
+def _settled_mask(call: Call, after: Where | None, put: Placing) -> Where | None:
+    """What is known of the rows of a target that was written in the order of a mask."""
+    if not isinstance(after, Axis) or in_step_now() or not any(axis.chosen for _, axis in call.placed()):
+        return after
+    assert put.index is not None
+    mask = call.where(put.index)
+    if not isinstance(mask, Axis) or not all(mask.in_step(axis) for _, axis in call.placed()):
+        return Lost(call.name)
+    differs = mask.chosen and call.where(put.target) is None and _rest_differs(call, after.dim, put)
+    return Lost(call.name) if differs else replace(after, chosen=mask.chosen)
 
 
 def written(call: Call) -> Where | None:
@@ -296,7 +311,8 @@ def written(call: Call) -> Where | None:
         others = [where for x in tensors_in((target, value)) if (where := call.where(x)) is not None]
         plain = not any(call.where(x) for x in tensors_in((index,)))
         linear = plain and all(isinstance(where, Lost) and where.linear for where in others)
-        return replace(lost[0], linear=linear, uniform=all(isinstance(where, Lost) and where.uniform for where in others))
+        uniform = all(isinstance(where, Lost) and where.uniform for where in others)
+        return of_lost_view(call, replace(lost[0], linear=linear, uniform=uniform))
     if not any(wheres):
         return None
     call.forget_nobodys()
@@ -305,6 +321,57 @@ def written(call: Call) -> Where | None:
 
 def _assigned(call: Call, target: Tensor, index: Any, value: Any, *, adds: bool) -> Where | None:
     part = target.detach()[index]
+    after = _after_assignment(call, target, index, value, part, adds=adds)
+    if not isinstance(after, Axis) or in_step_now() or not any(axis.chosen for _, axis in call.placed()):
+        return after
+    among = _constant_target(call, target)
+    if index_meets(among, target, index):
+        return Lost(call.name)
+    items = index_items(call, target, index)
+    by = next((item for item in items if item.where is not None), None)
+    put = Placing(target, None, value, 0 if by is None else by.source, lambda x: _set(x, index, 1), adds)
+    if by is None:
+        return _in_whole_rows(call, after, items, part, put)
+    rows, met = through_index(among, target, index, part), []
+    if isinstance(value, Tensor) and isinstance(rows, Axis) and rows.dim + value.ndim >= part.ndim:
+        met = [(value, rows.dim + value.ndim - part.ndim)]
+    return _placed_rows(call, after, by.where, met, put)
+
+
+def _in_whole_rows(call: Call, after: Axis, items: list[Item], part: Tensor, put: Placing) -> Where:
+    """What is known of the rows of a target of which `target[index] = value` wrote constant places, the same in all rows."""
+    own, value = call.where(put.target), put.source
+    brought = call.where(value) if isinstance(value, Tensor) else None
+    kept = [item for item in items if not isinstance(item.taken, int)]
+    place = _rows_in_part(own, brought, kept, part, value)
+    item = None if place is None else kept[place]
+    if item is None or place is None or not isinstance(item.taken, slice):
+        return Lost(call.name)
+    chosen = next(axis for axis in (own, brought) if isinstance(axis, Axis) and axis.chosen)
+    size = put.target.shape[item.source]
+    met = [(value, place + value.ndim - part.ndim)] if isinstance(value, Tensor) and place + value.ndim >= part.ndim else []
+    mixed = range(*item.taken.indices(size)) != range(size) or meets_by_place(call, chosen, met)
+    if mixed or (isinstance(own, Axis) and not chosen.in_step(own)) or (own is None and _rest_differs(call, item.source, put)):
+        return Lost(call.name)
+    return replace(after, chosen=chosen.chosen)
+
+
+def _rows_in_part(own: Where | None, brought: Where | None, kept: list[Item], part: Tensor, value: object) -> int | None:
+    """Which dim of the part of a target has the rows of the target, or of the value, as far as slices took it."""
+    if isinstance(own, Axis):
+        place = next((k for k, item in enumerate(kept) if item.source == own.dim and item.taken is not None), None)
+        # what tensors take goes to their first place, if that is not behind
+        return (
+            place
+            if place is None or all(item.taken is None or isinstance(item.taken, slice) for item in kept[:place])
+            else None
+        )
+    if not isinstance(brought, Axis) or not isinstance(value, Tensor) or any(isinstance(item.taken, Tensor) for item in kept):
+        return None
+    return brought.dim + part.ndim - value.ndim
+
+
+def _after_assignment(call: Call, target: Tensor, index: Any, value: Any, part: Tensor, *, adds: bool) -> Where | None:
     held = call.where(target)
     brought = call.where(value) if isinstance(value, Tensor) else None
     # rows of nobody's may become somebody's
@@ -340,7 +407,7 @@ def _constant_target(call: Call, target: Tensor) -> Call:
     return Call("getitem", (target, call.args[1]), {}, call.n, lambda x: None if x is target else call.where(x))
 
 
-def _set(held: Tensor, index: Any, new: Tensor) -> Tensor:
+def _set(held: Tensor, index: Any, new: Tensor | int) -> Tensor:
     held[index] = new
     return held
 
@@ -355,4 +422,13 @@ def of_base(base: Tensor, held: Axis | None, view: Tensor, axis: Axis, n: int) -
     owners.copy_(_marks(held, base, n) if held is not None else torch.full((), NOBODY, device=base.device))
     place = owners.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset())
     place.copy_(_marks(axis, view, n))
-    return axis_of(owners, n, "an in-place op on a view") or Axis(0, ragged=(NOBODY,) * (base.shape[0] if base.ndim else 1))
+    after = axis_of(owners, n, "an in-place op on a view") or Axis(0, ragged=(NOBODY,) * (base.shape[0] if base.ndim else 1))
+    chosen = (held and held.chosen) or axis.chosen
+    return replace(after, chosen=chosen) if isinstance(after, Axis) and after.chosen is None and chosen else after
+
+
+def of_lost_view(call: Call, where: Where | None) -> Where | None:
+    """What a view is after an in-place op; of some rows of those that the data chose, taken by place, the others know it too."""
+    base = None if call.base is None else call.base[1]
+    some = isinstance(where, Lost) and isinstance(base, Axis) and base.chosen and not in_step_now()
+    return Lost("an in-place op on a view of some rows") if some else where

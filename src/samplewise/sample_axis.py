@@ -4,6 +4,7 @@ An op that is in no table loses the axis; losing is always safe, because a param
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +32,27 @@ from .alignment import (
     stacked,
     stepwise,
 )
-from .axes import Axis, Call, Lost, Where, whole
+from .axes import Axis, Call, Lost, Where, in_step_now, whole
+from .beside import (
+    Beside,
+    by_class,
+    by_letter,
+    by_spelled_letter,
+    everywhere_first,
+    from_the_right,
+    in_groups,
+    in_steps,
+    joined,
+    mixed_by_place,
+    nothing,
+    of_a_rule,
+    of_margins,
+    of_pairs,
+    of_points,
+    of_sequences,
+    of_systems,
+)
+from .by_example import moved, reshaped_alike
 from .contractions import CONTRACTIONS
 from .errors import MixedSamplesError
 from .movement import (
@@ -61,15 +82,32 @@ from .movement import (
     turned,
     unsqueezed,
 )
-from .ownership import along_dim, gathered, masked_put, moved, occurring, picked, put, reshaped_alike, scattered, scattered_part
+from .ownership import along_dim, gathered, masked_put, occurring, of_lost_view, picked, put, scattered
 from .registry import RULES
 
 
 def follow(call: Call, out: Tensor) -> Where | None:
     """Where the sample axis of one result of `call` is; None where no argument carries it."""
     unowned = call.forget_nobodys()
-    where = _follow(call, out)
+    where = of_lost_view(call, _in_order(call, _follow(call, out)))
     return where or (Axis.of_nobody(out) if unowned or call.placed() else None)
+
+
+def _in_order(call: Call, where: Where | None) -> Where | None:
+    """Lost where rows that the data chose meet others by their place; what is known of them stays known."""
+    own, chosen = next(((axis, axis.chosen) for _, axis in call.placed() if axis.chosen), (None, None))
+    if own is None or chosen is None or call.n <= 1 or in_step_now() or call.sample() is not None:
+        return where
+    name = call.name.removeprefix("special_")
+    if name in SINGLE or name in TAKES or (name in EXAMPLES and name not in SEVERAL):
+        return where
+    if isinstance(where, Lost) and not where.linear:
+        return where
+    if mixed_by_place(call, BESIDE.get(name, of_a_rule)):
+        return Lost(call.name)
+    if not isinstance(where, Axis) or where.chosen is not None:
+        return where
+    return replace(where, chosen=chosen if where.size(call.n) == own.size(call.n) else chosen.moved())
 
 
 def _follow(call: Call, out: Tensor) -> Where | None:
@@ -397,15 +435,34 @@ WRITES = frozenset("index_add index_copy index_fill index_reduce index_put scatt
 KEEPS_ROWS = frozenset(
     "div floordiv floor_divide true_divide mul long int to getitem index_select clone contiguous detach view reshape flatten".split()
 )
+# Ops that take or write rows, which see for themselves what these meet.
+TAKES = WRITES | INDEXING | {"gather", "take_along_dim", "masked_scatter", "nonzero", "argwhere"}
+# Where other operands have the rows of one: as in broadcasting, or told here; a rule of a third party has its samples first.
+BESIDE: dict[str, Beside] = {
+    **dict.fromkeys(SEVERAL, from_the_right),
+    **dict.fromkeys(["cat", "concat", "concatenate"], joined),
+    **dict.fromkeys(["embedding", "searchsorted"], nothing),
+    **dict.fromkeys(CONTRACTIONS, by_letter),
+    **{name: in_groups for name in FIRST if name.startswith("conv")},
+    **dict.fromkeys(["grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "max_unpool2d", "max_unpool3d"], everywhere_first),
+    **dict.fromkeys(["cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d"], by_class),
+    **dict.fromkeys(["multi_margin_loss", "multilabel_margin_loss"], of_margins),
+    "samplewise.contractions.contract": by_spelled_letter,
+    "cosine_embedding_loss": of_pairs,
+    "ctc_loss": of_sequences,
+    **dict.fromkeys(["linalg_solve", "linalg_solve_ex"], of_systems),
+    "cdist": of_points,
+    **{f"samplewise.recurrence.{name}": in_steps for name in ("steps", "state_products", "scan")},
+}
 # Lists of what occurs somewhere in the batch, and ops that take one entry.
 LISTS = frozenset({"nonzero", "nonzero_static", "argwhere", "unique", "unique2", "unique_dim", "unique_consecutive"})
 ENTRIES = frozenset("unbind select getitem to long int squeeze flatten view reshape".split())
 
 # Ops that only move data, with the function that shows where.
 EXAMPLES: dict[str, Several] = {
-    "select_scatter": scattered_part(torch.select_scatter),
-    "slice_scatter": scattered_part(torch.slice_scatter),
-    "diagonal_scatter": scattered_part(torch.diagonal_scatter),
+    "select_scatter": moved(torch.select_scatter, 2),
+    "slice_scatter": moved(torch.slice_scatter, 2),
+    "diagonal_scatter": moved(torch.diagonal_scatter, 2),
     **dict.fromkeys("view reshape flatten unflatten ravel view_as reshape_as unsafe_view".split(), reshaped_alike),
     "cat": moved(torch.cat),
     "concat": moved(torch.cat),
