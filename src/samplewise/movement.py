@@ -95,7 +95,9 @@ def squeezed(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     dims = call.get(1, "dim")
     gone = {d for d in (range(x.ndim) if dims is None else _dims(x, dims)) if x.shape[d] == 1}
     if axis.dim in gone:
-        return Lost(call.name)
+        # one number of one sample's, of which is known what it was
+        sole = axis.sample if axis.chosen is not None and not out.ndim else None
+        return Lost(call.name) if sole is None else replace(Axis.of_sample(sole, out), chosen=axis.chosen)
     return without(axis, gone)
 
 

@@ -139,6 +139,10 @@ def along_dim(call: Call, _: Tensor) -> Where | None:
     target, dim, index, source = (call.get(k, name) for k, name in enumerate(names))
     if not target.ndim or index.ndim > 1 or (not filled and source.ndim != target.ndim):
         return Lost(call.name)
+    numbers = call.where(index)
+    if filled and isinstance(numbers, Axis) and numbers.chosen is None:
+        # no numbers of rows that the samples were found in: any row may be filled by any sample
+        return Lost(call.name)
     dim, rows = dim_of(target, dim), index.reshape(-1)
     there = torch.Size([*target.shape[:dim], len(rows), *target.shape[dim + 1 :]])
     mine = marks(call, index).reshape(-1, *[1] * (target.ndim - 1 - dim)).expand(there)
