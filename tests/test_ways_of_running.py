@@ -9,6 +9,7 @@ import itertools
 import pickle
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -931,6 +932,20 @@ def test_compiled_functions_are_exact(compiler, backend, warm):
         if warm:
             alone(model, batch, losses)
         agree(recorded(model, batch, losses, batch_size=N), wanted)
+
+
+def test_the_compiler_does_not_trace_our_bookkeeping(compiler):
+    """It would look at everything that is remembered of earlier calls."""
+    model, batch, seen = mlp(), normal(N, 4), []
+
+    def backend(graph, _):
+        seen.append(graph)
+        return graph
+
+    losses = through(torch.compile(FUNCTIONS["weights"], backend=backend))
+    agree(recorded(model, batch, losses, batch_size=N), alone(model, batch, through(FUNCTIONS["weights"])))
+    traced = "".join(str(node.meta.get("stack_trace")) for graph in seen for node in graph.graph.nodes)
+    assert str(Path(sw.__file__).parent) not in traced
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------------------

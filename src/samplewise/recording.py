@@ -38,7 +38,7 @@ from .mixing import mix
 from .ownership import written
 from .registry import EXPANSIONS, RULES, Operation, operation
 from .remembered import CONSTANT, key_of, recall, remember
-from .running import accumulates, in_backward, in_transform, modes, unrecorded, unwrapped
+from .running import accumulates, hide_from_compiler, in_backward, in_transform, modes, unrecorded, unwrapped
 from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
 from .strategy import Strategy, prepare, using
 from .sums import Store
@@ -101,6 +101,7 @@ class Recording(Known, TorchFunctionMode):
             raise SamplewiseError(
                 "record: another recording is active here, and recordings do not nest. Close the outer one first."
             )
+        hide_from_compiler()
         modules = dict(self.model.named_modules())
         refuse_unrecordable(modules)
         self._modules, self._names_of = list(modules.values()), {id(p): name for name, p in self.parameters.items()}

@@ -1,7 +1,9 @@
 """What torch is doing in this thread: modes, transforms, a backward; and how our own arithmetic stays out of all that."""
 
+import functools
+import sys
 from collections.abc import Sequence
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -70,3 +72,15 @@ def _without_autocast() -> Sequence[torch.autocast]:
 def in_backward() -> bool:
     """Whether a backward is running: what runs forward in it is a recomputation."""
     return torch._C._current_graph_task_id() != -1  # noqa: SLF001
+
+
+def hide_from_compiler() -> None:
+    """Keep torch.compile from tracing our bookkeeping, with all that is remembered in it, where a compiled function is recorded."""
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is not None:
+        _hide_from(rules)
+
+
+@functools.cache
+def _hide_from(rules: ModuleType) -> None:
+    rules.add(__package__)
