@@ -251,6 +251,22 @@ def test_rows_sorted_within_their_expert(run, seed):
     assert not sw.verify(model, lambda m, h: m(h).sin().sum((1, 2)), h).failures
 
 
+def test_copies_of_sorted_rows():
+    """Their places are those of the rows before, and not of the copies."""
+    torch.manual_seed(0)
+    model, h = nn.Linear(4, 4).double(), x(3, 4)
+
+    def brought_back(m: nn.Module, h: Tensor) -> Tensor:
+        order = h[:, 0].argsort()
+        back, copies = order.argsort(), m(h)[order].repeat(2, 1)
+        return copies[torch.cat([back, back + len(h)])].view(2, len(h), -1).sum((0, 2)).square()
+
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_norms(model, brought_back, h)
+    weighted = lambda m, h: (m(h)[h[:, 0].argsort()].repeat(1, 2) * 2)[h[:, 0].argsort().argsort()].square().sum(1)
+    assert not sw.verify(model, weighted, h).failures
+
+
 @pytest.mark.parametrize(
     "run",
     [

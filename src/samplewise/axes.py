@@ -44,6 +44,10 @@ class Selection:
         """What is left to say of rows that went to other places."""
         return Selection(order=self.order and object(), picked=self.picked, among=self.among)
 
+    def repeated(self) -> "Selection":
+        """What is known of several copies of the rows: their places are not told from one another."""
+        return replace(self, places=None)
+
     @staticmethod
     def of_those(chosen: "Selection | None") -> "Selection":
         """What there is to say of rows that the data picked among such, and of their numbers."""

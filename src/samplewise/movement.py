@@ -117,9 +117,10 @@ def expanded(_: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
 def tiled(_: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
     dim = axis.dim + out.ndim - x.ndim
     times = out.shape[dim] // x.shape[axis.dim] if x.shape[axis.dim] else 1
+    chosen = axis.chosen and (axis.chosen if times == 1 else axis.chosen.repeated())
     if axis.ragged is not None:
-        return replace(axis, dim=dim, ragged=axis.ragged * times)
-    return replace(axis, dim=dim, outer=axis.outer * times)
+        return replace(axis, dim=dim, ragged=axis.ragged * times, chosen=chosen)
+    return replace(axis, dim=dim, outer=axis.outer * times, chosen=chosen)
 
 
 def repeated_each(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
@@ -129,7 +130,7 @@ def repeated_each(call: Call, x: Tensor, axis: Axis, _: Tensor) -> Where:
     if dim_of(x, dim) != axis.dim:
         return axis
     whole = isinstance(times, int) and axis.ragged is None
-    return replace(axis, inner=axis.inner * times) if whole else Lost(call.name)
+    return replace(axis, inner=axis.inner * times, chosen=axis.chosen and axis.chosen.repeated()) if whole else Lost(call.name)
 
 
 def quantiles(call: Call, x: Tensor, axis: Axis, out: Tensor) -> Where:
