@@ -201,7 +201,7 @@ class Collector:
         # the graph nodes of tensors that parameters were derived through, and what lists the hooks there
         self._hooks: dict[Any, list[Mapping[int, Any]]] = {}
         # the same of expansions that entered as what they expand, past their own nodes
-        self._bypassed: dict[Any, tuple[Source, list[Mapping[int, Any]]]] = {}
+        self._bypassed: dict[Any, tuple[frozenset[str], list[Mapping[int, Any]]]] = {}
         self.empty = True
 
     def expect(self, source: Source, op: str, how: str) -> Uses:
@@ -222,19 +222,19 @@ class Collector:
         if torch.is_grad_enabled() and not tensor.is_leaf and tensor.grad_fn not in self._hooks:
             self._hooks[tensor.grad_fn] = list(_hook_lists(tensor))
 
-    def bypass(self, tensor: Tensor, source: Source) -> bool:
-        """Whether no hook is on an expansion that enters as its source; such as come later are refused in the end."""
+    def bypass(self, tensor: Tensor, names: frozenset[str]) -> bool:
+        """Whether no hook is on an expansion of parameters that enters as what it expands; such as come later are refused in the end."""
         hooks = list(_hook_lists(tensor))
         if not any(hooks):
-            self._bypassed[tensor.grad_fn] = source, hooks
+            self._bypassed[tensor.grad_fn] = names, hooks
         return not any(hooks)
 
     def refuse_bypassed_hooks(self) -> None:
         """Refuse hooks that came after the use of an expansion, and did not see its gradient."""
-        for source, hooks in self._bypassed.values():
+        for names, hooks in self._bypassed.values():
             if any(hooks):
                 raise UnsupportedOpError(
-                    f"record: {', '.join(sorted(source.names))} was expanded over the samples, and a hook put on the expansion after its "
+                    f"record: {', '.join(sorted(names))} was expanded over the samples, and a hook put on the expansion after its "
                     "use, which its gradient does not pass. Register the hook before the use."
                 )
 

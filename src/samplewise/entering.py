@@ -178,9 +178,8 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
             f"{value.shape[dim]}). Join along another axis, with the parameter expanded over the samples."
         )
     before = kind.unexpanded and kind.unexpanded[0]
-    if own and before is not None and _expands_along(before, value, dim):
-        source = source_of(recording, before)
-        origin = before if recording.collector.bypass(tensor, source) else tensor
+    if own and before is not None and _expands_along(before, value, dim) and recording.collector.bypass(tensor, kind.names):
+        origin = before
     source = source_of(recording, origin)
     uses = recording.collector.expect(source, call.name, "rows")
     diagonal = own and origin is tensor
