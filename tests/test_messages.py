@@ -222,7 +222,7 @@ def penalty(model, batch):
 
 def penalty_inside():
     model = linear()
-    with sw.record(model, create_graph=True) as rec:
+    with sw.record(model, create_graph=True) as rec, torch.autocast("cpu"):
         rec.backward(rec.batched(penalty(model, x())))
 
 
@@ -700,7 +700,7 @@ CASES: dict[str, Case] = {
         penalty_inside,
         "^backward: ",
         "derivative with create_graph=True",
-        "Take it before",
+        "Take it without autocast before",
     ),
     "recording.Recording._refuse_unseen: unseen": Case(
         net(lambda self, b: self.inner(b) + Unseen.apply(b, self.w)[:, :2]),

@@ -86,7 +86,7 @@ def by_rule(
     """Run the op on detached parameters and tap its results."""
     args, kwargs = replaced(call, {id(x): seen(recording, x) for x in shared})
     axes, led_to = {id(x): axis for x, axis in call.placed()}, _own_input(recording, rule, arguments, slots, shared)
-    out, statistics = _run(func, rule, args, kwargs, graph=led_to is None)
+    out, statistics = _run(func, rule, args, kwargs, graph=led_to is None or recording.create_graph)
     if statistics and rule.takes_statistics:
         arguments = {**arguments, "statistics": statistics}
         slots = [*slots, *(("statistics", k, x) for k, x in enumerate(statistics))]
@@ -111,7 +111,7 @@ def _own_input(
     recording: Recorder, rule: Rule, arguments: Mapping[str, Any], slots: Slots, shared: list[Tensor]
 ) -> Tensor | None:
     """The argument that the rule's own backward leads to, where that is all of the op's backward."""
-    if rule.back is None or recording.create_graph:
+    if rule.back is None or not (rule.run or recording.create_graph):
         return None
     first, own = arguments[rule.samples], {id(x) for x in shared}
     wanted = [x for _, _, x in slots if x.requires_grad and id(x) not in own]
@@ -140,7 +140,7 @@ def tap(
     needed = rule.saved_for({name for name, _, _ in wanted}) | set(rule.saved_for_back if input is not None else ())
     plain, held, saved = _held(recording, arguments, slots, needed, axes, dtypes)
     sources = [source_of(recording, x) for *_, x in wanted]
-    back = None if input is None else tuple(held[name].place for name in rule.saved_for_back if name in held)
+    back = None if input is None else tuple(_place(held[name]) for name in rule.saved_for_back if name in held)
     straight = {name: slot for name, slot in held.items() if isinstance(slot, Slot) and slot.straight}
     decision = Decision(
         call.name,
@@ -178,7 +178,7 @@ class Decision:
     # where the samples are in each result
     places: Sequence[Axis]
     # where the rule's own backward finds what it needs among what is saved; None where torch's is taken
-    back: tuple[int, ...] | None
+    back: tuple[Any, ...] | None
     keeps_out: bool
 
     def filled(self, saved: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
@@ -210,6 +210,8 @@ class Awaited:
         self.uses = [recording.collector.expect(source, decided.op, "rule") for source in self.sources]
         kept = [*saved, *outs] if decided.keeps_out else saved
         back = None if decided.back is None else self.input_grad
+        if back is not None and recording.create_graph:
+            back = functools.partial(self.input_grad_again, recording)
         tapped = Tap.run(recording, self.factors, recording.anchor, outs, kept, input, back)
         for x, axis in zip(tapped, decided.places, strict=True):
             if not Tap.is_on(x):
@@ -246,7 +248,11 @@ class Awaited:
         rule, places = self.decision.rule, self.decision.back or ()
         assert rule.back is not None
         numbers = {name: self.plain[name] for name in rule.saved_for_back if name in self.plain} if self.plain else {}
-        return rule.back(grad, *(saved[k] for k in places), **numbers)
+        return rule.back(grad, *(saved[k] if type(k) is int else [saved[j] for j in k] for k in places), **numbers)
+
+    def input_grad_again(self, recording: Recorder, grad: Tensor, saved: Sequence[Tensor]) -> Tensor:
+        """The same by ops that may be recorded themselves."""
+        return self.input_grad(recording.gradient_on(self.decision.places[0], grad), saved)
 
     def _names(self) -> str:
         return ", ".join(sorted(name for source in self.sources for name in source.names))
@@ -334,7 +340,8 @@ def _held(
         straight = dtypes == {x.dtype} and not x.is_complex() and (axis is None or axis.leads)
         if name in needed:
             slots[id(x)] = Slot(len(saved), axis, straight)
-            saved.append(x if axis is not None else seen(recording, x))
+            # a derivative of the op's own backward meets the parameter itself
+            saved.append(x if axis is not None or recording.create_graph else x.detach())
         elif id(x) not in slots:
             slots[id(x)] = Slot(_stand_in(x.shape, x.stride(), x.dtype), axis, straight)
     names = {name for name, _, _ in tensors}
@@ -353,6 +360,11 @@ def _filled(value: Any, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> 
     if isinstance(value, Slot):
         return value.filled(saved, n, dtype)
     return type(value)([_filled(item, saved, n, dtype) for item in value]) if isinstance(value, list | tuple) else value
+
+
+def _place(value: Any) -> Any:
+    """Where an argument is kept, a tensor or a list of tensors."""
+    return value.place if isinstance(value, Slot) else [slot.place for slot in value]
 
 
 def no_view(out: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ class Recorder(Collects, Protocol):
     def overwrite(self, tensor: Tensor, kind: Axis | Lost | Shared | str) -> None:
         """Say what it is after an in-place op."""
 
+    def gradient_on(self, axis: Axis, grad: Tensor) -> Tensor:
+        """A gradient on its way back, known to have its samples on an axis."""
+
     def __enter__(self) -> Any:
         """Record what runs."""
 

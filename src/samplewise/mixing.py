@@ -61,6 +61,9 @@ def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared
     if call.name in ALIGNED or _unreduced(call):
         return enter_aligned(recording, func, call, shared)
     rule = _rule_of(op, call)
+    if rule is not None and rule.apart is not None and recording.create_graph:
+        with recording:
+            return rule.apart(*call.args, **call.kwargs)
     if rule is not None:
         arguments = bind(rule, call)
         slots, own = list(slots_of(arguments)), {id(x) for x in shared}
@@ -68,7 +71,7 @@ def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared
         if rule.covers(arguments, {name for name, _, x in slots if id(x) in own}, batched):
             return by_rule(recording, func, call, rule, arguments, slots, shared)
     if op.name in CONTRACTIONS:
-        return _contract(recording, func, call, shared)
+        return _contract(recording, func, op, call, shared)
     return fall_back(recording, func, op, call, shared)
 
 
@@ -146,11 +149,13 @@ def _postponed(
     return swapped(out, dict(zip(map(id, outs), tapped, strict=True)))
 
 
-def _contract(recording: Recorder, func: Function, call: Call, shared: list[Tensor]) -> Any:
+def _contract(recording: Recorder, func: Function, op: Operation, call: Call, shared: list[Tensor]) -> Any:
     """A matrix product, einsum and the like: outer products of the result's gradient with the other operands."""
     product = CONTRACTIONS[call.name](call.args, call.kwargs)
-    if any(len(set(names)) < len(names) for names in product.letters):
-        return fall_back(recording, func, Operation(call.name, inplace=False, source=None, plain_property=False), call, shared)
+    several = recording.create_graph and recording.fallback == "allow" and len(_wanted(product, shared)) > 1
+    if several or any(len(set(names)) < len(names) for names in product.letters):
+        # each sample with a copy of its own has all derivatives
+        return fall_back(recording, func, op, call, shared)
     letter, axis, rows = _sample_letter(recording, call, product, shared)
     new: dict[int, Tensor] = {}
     if product.addend is not None and any(product.addend is x for x in shared):
@@ -175,8 +180,23 @@ def _contract(recording: Recorder, func: Function, call: Call, shared: list[Tens
     letters = [
         rows_first(names, letter) if id(x) in axes else names for x, names in zip(operands, product.letters, strict=True)
     ]
-    arguments = {"equation": (*letters, rows_first(product.result, letter)), "operands": operands, "alpha": product.alpha}
-    return tap(recording, call, RULES[operation(contract).name], arguments, list(slots_of(arguments)), axes, rest, out)
+    wanted = _wanted(product, shared) if recording.create_graph else []
+    to = wanted[0] if len(wanted) == 1 else -1
+    arguments = {
+        "equation": (*letters, rows_first(product.result, letter)),
+        "operands": operands,
+        "given": (*product.letters, product.result),
+        "to": to,
+        "alpha": product.alpha,
+    }
+    led_to = None if to < 0 else operands[to]
+    return tap(recording, call, RULES[operation(contract).name], arguments, list(slots_of(arguments)), axes, rest, out, led_to)
+
+
+def _wanted(product: Contraction, shared: list[Tensor]) -> list[int]:
+    """The operands with samples that have a gradient, -1 for what is added."""
+    others = [*enumerate(product.operands), *([] if product.addend is None else [(-1, product.addend)])]
+    return [k for k, x in others if x.requires_grad and not any(x is s for s in shared)]
 
 
 def _sample_letter(recording: Recorder, call: Call, product: Contraction, shared: list[Tensor]) -> tuple[str, Axis, int]:

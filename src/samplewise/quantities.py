@@ -369,8 +369,10 @@ def record(
         loss_reduction: For `loss.backward()` on a scalar: "sum" if it is a sum over samples, "mean" if a mean.
             `rec.backward(losses)` needs neither.
         fallback: "allow" runs ops without a rule sample by sample; "error" forbids it.
-        create_graph: Make every quantity differentiable again (gradient penalties, Hessian-vector products). Its backward is
-            `rec.backward(losses)`; it keeps the graph and costs about as much again.
+        create_graph: Make every quantity differentiable again (gradient penalties, Hessian-vector products), and allow losses that are made
+            of derivatives by the samples, of any order (`torch.autograd.grad(model(x).sum(), x, create_graph=True)` inside the block:
+            forces, differential equations, critics). Its backward is `rec.backward(losses)`; it keeps the graph and costs about as much
+            again.
         strategy: How norms and weighted sums of outer products are found: "gram" from inner products of positions (Li et al. 2022,
             arXiv:2110.05679), "tile" from gradients formed a few samples at a time, "store" from gradients formed once and kept;
             "auto" chooses by cost, at the rates that `calibrate` measured. `rec.coverage()` shows what was chosen.

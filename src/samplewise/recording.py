@@ -389,6 +389,8 @@ class Recording(Known, TorchFunctionMode):
         """Note what the results of `torch.autograd.grad` are: their samples are where those of the inputs are."""
         outputs, inputs = (tensors_in((_argument(args, kwargs, k, name),)) for k, name in enumerate(("outputs", "inputs")))
         mixed = any(isinstance(where := self.where(y), Lost) and not where.linear for y in outputs)
+        directions = tensors_in((_argument(args, kwargs, 2, "grad_outputs", None),))
+        mixed = mixed or any(isinstance(self.where(v), Lost) for v in directions)
         for x, grad in zip(inputs, found, strict=True):
             where = self.where(x)
             if grad is not None and where is not None and (mixed or grad.shape != x.shape):
@@ -411,8 +413,9 @@ class Recording(Known, TorchFunctionMode):
         """Refuse a graph in which an ordinary gradient would reach a parameter."""
         if self._differentiated:
             raise UnsupportedOpError(
-                "backward: a derivative with create_graph=True was taken inside the recording (of the loss by an input, perhaps), and how "
-                "it depends on the parameters was not seen. Take it before the recording, or use a loop over samples."
+                "backward: a derivative with create_graph=True was taken inside the recording, and how it depends on the parameters was "
+                "not seen: under autocast, through a rule without `back`, or after a `rec.backward`. Take it without autocast before the "
+                "first `rec.backward`, or use a loop over samples."
             )
         for loss in [losses] if isinstance(losses, Tensor) else losses:
             if names := [self._names_of[id(leaf)] for leaf in unseen_leaves(loss) if id(leaf) in self._names_of]:
@@ -430,8 +433,6 @@ class Recording(Known, TorchFunctionMode):
     def awaits(self, grads: Grads) -> bool:
         """Whether gradients that reach a tap are to be collected."""
         if (grads[0] is None and all(grad is None for grad in grads)) or not self.belongs():
-            # its result may enter the losses, past every tap
-            self._differentiated = self._differentiated or torch.is_grad_enabled()
             return False
         if not self._open:
             raise SamplewiseError(
@@ -439,6 +440,24 @@ class Recording(Known, TorchFunctionMode):
                 "`rec.backward(losses)` inside the `with record(...)` block."
             )
         return True
+
+    def follows(self, *, possible: bool) -> bool:
+        """Whether an op's own backward is to run as recorded ops now: a derivative is taken that may enter the losses.
+
+        Where that is not possible, or what is differentiated may be made of gradients, its result must not enter them.
+        """
+        if self.belongs() or not torch.is_grad_enabled():
+            return False
+        followed = possible and self.collector.empty and self in modes()
+        self._differentiated = self._differentiated or not followed
+        return followed
+
+    def gradient_on(self, axis: Axis, grad: Tensor) -> Tensor:
+        """A gradient on its way back, known to have its samples where the result has them that it is of."""
+        with unrecorded(graph=torch.is_grad_enabled()):
+            own = grad.view_as(grad)
+        self.declare(own, axis)
+        return own
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors that a tap makes of gradients that are awaited; inside `aside`."""
@@ -470,8 +489,8 @@ class Recording(Known, TorchFunctionMode):
             refuse_loss(self.kind(loss), self.loss_reduction)
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    return args[place] if place < len(args) else kwargs[name]
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, *default: Any) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name, *default) if default else kwargs[name]
 
 
 _DERIVATIVES = (torch.autograd.backward, torch.autograd.grad)

@@ -27,6 +27,8 @@ class Rule:
     when: Callable[[Mapping[str, Any]], bool] | None = None
     # the argument with the samples, as far as `back` is concerned; the first where nothing is said
     samples: str = ""
+    # the op made of others, whose parameters meet the samples where derivatives of any order are followed
+    apart: Callable[..., torch.Tensor] | None = None
 
     @functools.cached_property
     def takes_statistics(self) -> bool:
@@ -97,6 +99,7 @@ def rule(
     back: Callable[..., torch.Tensor] | None = None,
     when: Callable[[Mapping[str, Any]], bool] | None = None,
     samples: str = "",
+    apart: Callable[..., torch.Tensor] | None = None,
 ) -> Callable[[Function], Function]:
     """Register the per-sample gradient of `op`'s parameters.
 
@@ -113,9 +116,12 @@ def rule(
             where the first argument has them. The rule gets them as `statistics`, if `saves` names that.
         back: The op's own backward, for an op with one result that has the samples in one argument alone: `back(grad, weight)` gives the
             gradient of that, from that of the result and from those of the op's arguments that it names, tensors before numbers.
-            `run`, which it needs beside it, is then called without a graph.
+            With `run` beside it, that is then called without a graph. In a recording with `create_graph=True` what it does is recorded
+            itself, so that losses may be made of derivatives by the samples.
         when: Says of a call's arguments by name whether the rule is for it. Other calls go on as if there were no rule.
         samples: The argument that `back` gives the gradient of, by default the first.
+        apart: The op made of others, called in place of it in a recording with `create_graph=True`: another way than `back` to
+            derivatives by the samples.
 
     Raises:
         ValueError: If `op` already has a rule or an expansion.
@@ -131,7 +137,7 @@ def rule(
         arguments = tuple(
             name for name in list(inspect.signature(function).parameters)[2:] if run is None or name != "statistics"
         )
-        RULES[key] = Rule(function, arguments, saves, run, back, when, samples or arguments[0])
+        RULES[key] = Rule(function, arguments, saves, run, back, when, samples or arguments[0], apart)
         return function
 
     return register

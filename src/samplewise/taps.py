@@ -27,6 +27,9 @@ class Collects(Protocol):
     def awaits(self, grads: Grads) -> bool:
         """Whether the backward that brings these gradients belongs to the recording."""
 
+    def follows(self, *, possible: bool) -> bool:
+        """Whether an op's own backward is to run as recorded ops now, if it is made of such: derivatives of it may become losses."""
+
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors of gradients that are awaited; inside `aside`."""
 
@@ -39,7 +42,7 @@ class Tap(torch.autograd.Function):
 
     `mark_dirty` lets in-place ops follow. What the rule needs is kept by `save_for_backward`, so that version checks, saved-tensor
     hooks and release after the backward hold as in plain PyTorch. An op that ran without a graph has its own backward here, to its
-    one input: that saves the op's node.
+    one input: that saves the op's node. Where gradients may be differentiated again it has both, and one of them is taken.
     """
 
     @staticmethod
@@ -54,7 +57,7 @@ class Tap(torch.autograd.Function):
     ) -> list[Tensor]:
         """Tap results; `anchor` requires grad, so that each of them does."""
         apply: Callable[..., Any] = Tap.apply if torch.compiler.is_compiling() else _APPLY
-        tapped = apply(recording, factors, anchor, input, back, len(outs), *outs, *saved)
+        tapped = apply(recording, factors, anchor, input, back, saved, *outs)
         return list(tapped) if len(outs) > 1 else [tapped]
 
     @staticmethod
@@ -70,15 +73,15 @@ class Tap(torch.autograd.Function):
         _: Tensor,
         __: Tensor | None,
         back: Back | None,
-        count: int,
-        *tensors: Tensor,
+        saved: list[Tensor],
+        *outs: Tensor,
     ) -> Any:
-        """Pass the first `count` tensors on and keep the others."""
-        ctx.mark_dirty(*tensors[:count])
+        """Pass results on."""
+        ctx.mark_dirty(*outs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[count:])
+        ctx.save_for_backward(*saved)
         ctx.recording, ctx.factors, ctx.back = recording, factors, back
-        return tensors[:count] if count > 1 else tensors[0]
+        return outs if len(outs) > 1 else outs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -87,13 +90,19 @@ class Tap(torch.autograd.Function):
         _refuse_second(recording)
         _refuse_hooks_after(ctx)
         awaited, passed = recording.awaits(grads), None
+        leads = back is not None and ctx.needs_input_grad[3] and grads[0] is not None
         with recording.aside():
             if awaited:
                 recording.collect(ctx.factors, grads, saved)
-            if back is not None and ctx.needs_input_grad[3] and grads[0] is not None:
+            if leads and not recording.create_graph:
                 passed = back(grads[0], saved)
+        if recording.create_graph and not recording.follows(possible=back is not None):
+            # by the graph that the op has there beside
+            back = None
+        elif recording.create_graph and leads:
+            passed = back(grads[0], saved)
         through = grads if back is None else [None] * len(grads)
-        return None, None, None, passed, None, None, *through, *[None] * len(saved)
+        return None, None, None, passed, None, None, *through
 
 
 # `apply` without the look for what transforms of torch.func left behind: none runs where a recording is active
@@ -123,6 +132,8 @@ class Enter(torch.autograd.Function):
         if recording.awaits((grad,)):
             with recording.aside():
                 recording.collect(ctx.factors, (grad,), ())
+        else:
+            recording.follows(possible=False)
         return None, None, None, grad if ctx.needs_input_grad[3] else None
 
 

@@ -12,9 +12,31 @@ from samplewise.outer import Outer
 from samplewise.registry import rule
 
 
-@rule(contract, saves={"operands": ["operands"]})
+def _contraction_back(
+    grad: Tensor, operands: Sequence[Tensor], given: Sequence[Letters], to: int, alpha: complex = 1
+) -> Tensor:
+    """The contraction of the gradient with the other operands, by the letters of the call."""
+    *letters, result = given
+    own, shape = letters[to], operands[to].shape
+    others = [(x.conj(), names) for k, (x, names) in enumerate(zip(operands, letters, strict=True)) if k != to]
+    present = tuple(a for a in own if any(a in names for _, names in [*others, (grad, result)]))
+    product = contract((result, *(names for _, names in others), present), [grad, *(x for x, _ in others)], alpha.conjugate())
+    for d in (d for d, a in enumerate(own) if a not in present):
+        product = product.unsqueeze(d)
+    # what it broadcasts over is summed
+    alone = [d for d, size in enumerate(shape) if size == 1 != product.shape[d]]
+    return (product.sum(alone, keepdim=True) if alone else product).expand(shape)
+
+
+@rule(contract, saves={"operands": ["operands"]}, back=_contraction_back, samples="operands")
 def contraction(
-    grad: Tensor, out: None, equation: Sequence[Letters], operands: Sequence[Tensor], alpha: complex = 1
+    grad: Tensor,
+    out: None,
+    equation: Sequence[Letters],
+    operands: Sequence[Tensor],
+    given: Sequence[Letters],
+    to: int,
+    alpha: complex = 1,
 ) -> dict[str, list[Callable[[], Factor]]]:
     # out[n,...] = alpha sum operands[0][...] operands[1][...] ...: the gradient of one is the contraction of grad with the others
     *letters, result = equation

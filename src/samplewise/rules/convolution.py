@@ -12,9 +12,52 @@ from samplewise.factors import Dense, Factor
 from samplewise.registry import rule
 
 
-@rule(torch.conv1d, saves={"weight": ["input"], "bias": []})
-@rule(torch.conv2d, saves={"weight": ["input"], "bias": []})
-@rule(torch.conv3d, saves={"weight": ["input"], "bias": []})
+def _convolution_back(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The transposed convolution, to the input with its zeros around."""
+    space, kernel = input.shape[2:], weight.shape[2:]
+    steps, spread = _per_dim(stride, len(kernel)), _per_dim(dilation, len(kernel))
+    sides = _sides(padding, kernel, spread)
+    # what no position reaches, where the stride leaves some out
+    rest = [
+        size + sum(side) - (at - 1) * step - d * (k - 1) - 1
+        for size, side, at, step, d, k in zip(space, sides, grad.shape[2:], steps, spread, kernel, strict=True)
+    ]
+    transposed = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(kernel) - 1]
+    padded: Tensor = transposed(grad, weight, None, steps, 0, rest, groups, spread)
+    for dim, (size, (before, _)) in enumerate(zip(space, sides, strict=True), 2):
+        padded = padded.narrow(dim, before, size)
+    return padded
+
+
+def _transposed_back(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """The convolution, at the positions of the input."""
+    convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[weight.ndim - 3]
+    found: Tensor = convolution(grad, weight, None, stride, padding, dilation, groups)
+    # an output_padding beyond the stride makes room for more
+    for dim, size in enumerate(input.shape[2:], 2):
+        found = found.narrow(dim, 0, size)
+    return found
+
+
+@rule(torch.conv1d, saves={"weight": ["input"], "bias": []}, back=_convolution_back)
+@rule(torch.conv2d, saves={"weight": ["input"], "bias": []}, back=_convolution_back)
+@rule(torch.conv3d, saves={"weight": ["input"], "bias": []}, back=_convolution_back)
 def convolution(
     grad: Tensor,
     out: None,
@@ -35,9 +78,9 @@ def convolution(
     }
 
 
-@rule(torch.conv_transpose1d, saves={"weight": ["input"], "bias": []})
-@rule(torch.conv_transpose2d, saves={"weight": ["input"], "bias": []})
-@rule(torch.conv_transpose3d, saves={"weight": ["input"], "bias": []})
+@rule(torch.conv_transpose1d, saves={"weight": ["input"], "bias": []}, back=_transposed_back)
+@rule(torch.conv_transpose2d, saves={"weight": ["input"], "bias": []}, back=_transposed_back)
+@rule(torch.conv_transpose3d, saves={"weight": ["input"], "bias": []}, back=_transposed_back)
 def transposed_convolution(
     grad: Tensor,
     out: None,
@@ -91,15 +134,19 @@ def _weight(
 ) -> Factor:
     kernel = weight.shape[2:]
     steps, spread = _per_dim(stride, len(kernel)), _per_dim(dilation, len(kernel))
-    if isinstance(padding, str):
-        sides = [_same_sides(k, d) if padding == "same" else (0, 0) for k, d in zip(kernel, spread, strict=True)]
-        if any(before != after for before, after in sides):
-            # an even kernel: torch pads the far side more
-            input, sides = F.pad(input, list(itertools.chain(*reversed(sides)))), [(0, 0)] * len(kernel)
-        pads = tuple(before for before, _ in sides)
-    else:
-        pads = _per_dim(padding, len(kernel))
+    sides = _sides(padding, kernel, spread)
+    if any(before != after for before, after in sides):
+        # an even kernel: torch pads the far side more
+        input, sides = F.pad(input, list(itertools.chain(*reversed(sides)))), [(0, 0)] * len(kernel)
+    pads = tuple(before for before, _ in sides)
     return Convolution(grad, input, weight.shape, steps, pads, spread, groups)
+
+
+def _sides(padding: int | str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """The zeros before and after each axis."""
+    if not isinstance(padding, str):
+        return [(pad, pad) for pad in _per_dim(padding, len(kernel))]
+    return [_same_sides(k, d) if padding == "same" else (0, 0) for k, d in zip(kernel, dilation, strict=True)]
 
 
 def _per_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,30 @@ from samplewise.factors import HALF, Dense
 from samplewise.registry import rule
 
 _WIDE = frozenset({torch.float32, torch.float64})
+_BY_STATISTICS = ("weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps", "cudnn_enabled")
+_AFFINE = ("weight", "bias")
+# the arguments after the input, by position
+_ARGUMENTS: dict[Callable[..., Tensor], tuple[str, ...]] = {
+    torch.layer_norm: ("normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
+    torch.rms_norm: ("normalized_shape", "weight", "eps"),
+    torch.group_norm: ("num_groups", "weight", "bias", "eps", "cudnn_enabled"),
+    torch.instance_norm: _BY_STATISTICS,
+    torch.batch_norm: tuple("training" if name == "use_input_stats" else name for name in _BY_STATISTICS),
+}
+
+
+def _in_two(op: Callable[..., Tensor], *, channels: bool) -> Callable[..., Tensor]:
+    """A norm, and then its scale and shift as ops of their own."""
+
+    def apart(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(_ARGUMENTS[op], args, strict=False)) | kwargs
+        ones = [1] * (input.ndim - 2) if channels else []
+        scale, shift = (None if (x := given.get(name)) is None else x.reshape(*x.shape, *ones) for name in _AFFINE)
+        out = op(input, **{name: None if name in _AFFINE else value for name, value in given.items()})
+        out = out if scale is None else out * scale
+        return out if shift is None else out + shift
+
+    return apart
 
 
 def _layer_norm(
@@ -28,7 +53,12 @@ def _layer_norm(
     return out, (mean.detach(), rstd.detach())
 
 
-@rule(torch.layer_norm, saves={"weight": ["input", "statistics"], "bias": []}, run=_layer_norm)
+@rule(
+    torch.layer_norm,
+    saves={"weight": ["input", "statistics"], "bias": []},
+    run=_layer_norm,
+    apart=_in_two(torch.layer_norm, channels=False),
+)
 def layer_norm(
     grad: Tensor,
     out: None,
@@ -55,7 +85,7 @@ def layer_norm(
     return {"weight": lambda: Dense(standardised()), "bias": lambda: Dense(_over_positions(grad, last))}
 
 
-@rule(torch.rms_norm, saves={"weight": ["input"]})
+@rule(torch.rms_norm, saves={"weight": ["input"]}, apart=_in_two(torch.rms_norm, channels=False))
 def rms_norm(
     grad: Tensor,
     out: None,
@@ -87,7 +117,12 @@ def _group_norm(
     return out, (mean.detach(), rstd.detach())
 
 
-@rule(torch.group_norm, saves={"weight": ["input", "statistics"], "bias": []}, run=_group_norm)
+@rule(
+    torch.group_norm,
+    saves={"weight": ["input", "statistics"], "bias": []},
+    run=_group_norm,
+    apart=_in_two(torch.group_norm, channels=True),
+)
 def group_norm(
     grad: Tensor,
     out: None,
@@ -120,7 +155,11 @@ def _keeps_statistics(input: Tensor, weight: Tensor | None, bias: Tensor | None,
     return all(x is None or (x.dtype == input.dtype and not x.requires_grad) for x in (weight, bias))
 
 
-@rule(torch.instance_norm, saves={"weight": ["input", "running_mean", "running_var"], "bias": []})
+@rule(
+    torch.instance_norm,
+    saves={"weight": ["input", "running_mean", "running_var"], "bias": []},
+    apart=_in_two(torch.instance_norm, channels=True),
+)
 def instance_norm(
     grad: Tensor,
     out: None,
@@ -141,7 +180,11 @@ def instance_norm(
     return _channels(grad, lambda: _by_running(input, running_mean, running_var, eps))
 
 
-@rule(torch.batch_norm, saves={"weight": ["input", "running_mean", "running_var"], "bias": []})
+@rule(
+    torch.batch_norm,
+    saves={"weight": ["input", "running_mean", "running_var"], "bias": []},
+    apart=_in_two(torch.batch_norm, channels=True),
+)
 def batch_norm(
     grad: Tensor,
     out: None,
