@@ -595,6 +595,14 @@ def test_hooks_of_modules(place, hook):
     assert not torch.allclose(rec.grads()["0.weight"], plain["0.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measuring_draws_none_of_the_users_random_numbers(dtype):
+    """The first recording on a machine measures; the step after it draws what it would have drawn."""
+    before = torch.get_rng_state()
+    sw.calibrate("cpu", dtype, again=True)
+    assert before.equal(torch.get_rng_state())
+
+
 # --- where the parameters come from -----------------------------------------------------------------------------------------------
 
 

@@ -152,7 +152,9 @@ def prepare(like: Tensor) -> None:
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
     """Five small probes, about a tenth of a second in all."""
-    with torch._C.DisableTorchFunction(), torch.inference_mode():  # noqa: SLF001
+    drawing = [device] if device.type == "cuda" else []
+    # the user's own random numbers are those of a step without a recording
+    with torch._C.DisableTorchFunction(), torch.inference_mode(), torch.random.fork_rng(drawing):  # noqa: SLF001
         # what fills the device
         n, t, c, size = (8, 128, 256, 2**23) if device.type == "cpu" else (8, 1024, 1024, 2**25)
         a = torch.rand(n, t, c, device=device, dtype=dtype)
