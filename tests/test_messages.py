@@ -147,6 +147,14 @@ def after_the_recording(backward):
     return trigger
 
 
+def unseen_backward():
+    model = linear()
+    with sw.record(model):
+        loss = squares(model, x()).sum()
+        with torch._C.DisableTorchFunction():
+            loss.backward()
+
+
 @torch.library.custom_op("samplewise_tests::scaled_into", mutates_args={"into"})
 def scaled_into(x: Tensor, scale: Tensor, into: Tensor) -> Tensor:
     """An op of somebody else."""
@@ -711,6 +719,9 @@ CASES: dict[str, Case] = {
     ),
     "recording.Recording.awaits: closed": Case(
         after_the_recording(lambda _, losses: losses.sum().backward()), "^backward: ", "closed", "inside the `with"
+    ),
+    "recording.Recording.awaits: not seen": Case(
+        unseen_backward, "^backward: ", "does not see it", r"Call `rec.backward\(losses\)`"
     ),
     "quantities.Record.backward: closed": Case(
         after_the_recording(lambda rec, losses: rec.backward(losses)), "^backward: ", "closed", "inside the `with"

@@ -3,6 +3,7 @@
 What a recording leaves behind, and its messages, are in test_recording.py.
 """
 
+import concurrent.futures
 import copy
 import io
 import itertools
@@ -1035,6 +1036,59 @@ def test_another_thread_trains_while_a_recording_is_open():
     agree(rec, wanted)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, plain[name].sum(0))
+
+
+def elsewhere(function):
+    """What a function returns, or raises, in another thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_backward_in_another_thread(kind, reentrant):
+    model, batch = kind
+    scaled = Net(lambda self, x: self.model(self.scale * x), model=model, scale=normal(1))
+    wanted = alone(scaled, batch)
+    if reentrant is not None:
+        scaled.function = lambda self, x: checkpoint(self.model, self.scale * x, use_reentrant=reentrant)
+    with sw.record(scaled) as rec:
+        losses = squares(scaled, batch)
+        elsewhere(lambda: rec.backward(losses))
+    agree(rec, wanted)
+    assert untouched(scaled)
+
+
+def test_a_backward_in_another_thread_sees_what_the_recording_did_not():
+    model = Net(
+        lambda self, x: self.b(self.a(x)) + Product.apply(x, self.w), a=nn.Linear(4, 5), b=nn.Linear(5, 2), w=normal(2, 4)
+    )
+    with sw.record(model) as rec:
+        losses = squares(model, normal(N, 4))
+        with pytest.raises(sw.UnsupportedOpError, match=r"^w: an ordinary gradient reached"):
+            elsewhere(lambda: rec.backward(losses))
+
+
+def begun_by_the_engine(loss):
+    edge = torch.autograd.graph.get_gradient_edge(loss)
+    torch.autograd.Variable._execution_engine.run_backward((edge,), (torch.ones_like(loss),), False, False, (), True, True)
+
+
+def begun_without_functions(loss):
+    with torch._C.DisableTorchFunction():
+        loss.backward()
+
+
+@pytest.mark.parametrize("reduce", [torch.sum, torch.std])
+@pytest.mark.parametrize("begin", [lambda loss: elsewhere(loss.backward), begun_by_the_engine, begun_without_functions])
+def test_a_backward_that_the_recording_does_not_see_is_refused(reduce, begin):
+    """Nothing would be known of its loss, which may be no sum over the samples."""
+    model = mlp()
+    with sw.record(model):
+        loss = reduce(squares(model, normal(N, 4)))
+        with pytest.raises(sw.SamplewiseError, match="does not see it"):
+            begin(loss)
+    assert untouched(model)
 
 
 # --- functions of users -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ gradients are in `rules`.
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +53,9 @@ UNSEEN = (
 
 class Recording(Known, TorchFunctionMode):
     """Records one batch of one model. The public face is `samplewise.record`."""
+
+    # whether the mode is to see every backward that collects, and what it begins from
+    sees_backwards = True
 
     def __init__(
         self,
@@ -366,11 +369,13 @@ class Recording(Known, TorchFunctionMode):
         """Run the backward pass from a vector of losses, one per sample."""
         self._from_losses = True
         try:
-            if self.create_graph:
-                self._refuse_unseen(losses)
-                torch.autograd.grad(losses, self.anchor, torch.ones_like(losses), create_graph=True, allow_unused=True)
-            else:
-                torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
+            # in another thread than the forward's, the mode is not on
+            with nullcontext() if self in modes() else self:
+                if self.create_graph:
+                    self._refuse_unseen(losses)
+                    torch.autograd.grad(losses, self.anchor, torch.ones_like(losses), create_graph=True, allow_unused=True)
+                else:
+                    torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
         finally:
             self._from_losses = False
 
@@ -438,6 +443,11 @@ class Recording(Known, TorchFunctionMode):
             raise SamplewiseError(
                 "backward: it runs through a recording that is closed, so its per-sample gradients would be lost. Call "
                 "`rec.backward(losses)` inside the `with record(...)` block."
+            )
+        if self.sees_backwards and not any(func in _DERIVATIVES for func, _ in self._sources):
+            raise SamplewiseError(
+                "backward: it was begun where the recording does not see it, in another thread perhaps, so nothing is known of its loss. "
+                "Call `rec.backward(losses)`, which may be called in any thread."
             )
         return True
 

@@ -20,6 +20,9 @@ from samplewise.taps import Factors, Grads
 class LateRecording(Recording):
     """One forward; every backward that belongs to it ends by writing rows to the parameters."""
 
+    # it comes when no mode is on
+    sees_backwards = False
+
     def __init__(
         self,
         model: nn.Module,
