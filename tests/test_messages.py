@@ -680,6 +680,12 @@ CASES: dict[str, Case] = {
     "attaching.refuse_unrecordable: scripted": Case(
         lambda: run(torch.jit.script(linear())), "^record: ", "scripted module", "Record the module that was scripted"
     ),
+    "attaching._refuse_sharded: by name": Case(
+        lambda: run(type("FSDPModule", (nn.Linear,), {})(D, 2).double()),
+        "^record: the model ",
+        "is sharded",
+        "DistributedDataParallel",
+    ),
     "taps._refuse_hooks_after: on a module": Case(
         legacy_hook, "^backward: ", "`register_backward_hook`", "Use .*`register_full_backward_hook`"
     ),

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
+import torch.distributed.tensor
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import save_on_cpu
@@ -1089,6 +1091,85 @@ def test_a_backward_that_the_recording_does_not_see_is_refused(reduce, begin):
         with pytest.raises(sw.SamplewiseError, match="does not see it"):
             begin(loss)
     assert untouched(model)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone, over no network."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_replicated_models(kind, process_group):
+    model, batch = kind
+    wanted = {f"module.{name}": rows for name, rows in alone(model, batch).items()}
+    for wrap in (nn.parallel.DistributedDataParallel, nn.DataParallel):
+        outer = wrap(model)
+        agree(recorded(outer, batch), wanted)
+        assert untouched(outer)
+
+
+def on_one_of_two(rank, place):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    model, batch = mlp(), normal(N, 4) * (1 + rank)
+    wanted = {f"module.{name}": rows for name, rows in alone(model, batch).items()}
+    outer = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        agree(recorded(outer, batch), wanted)
+    assert untouched(outer)
+    torch.distributed.destroy_process_group()
+
+
+def test_each_of_two_processes_has_the_rows_of_its_samples(tmp_path):
+    torch.multiprocessing.spawn(on_one_of_two, (tmp_path / "meeting",), nprocs=2)
+
+
+def fully_sharded(model):
+    return torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+
+
+def sharded_by_parts(model):
+    fully_sharded(model[0])
+    return model
+
+
+def left_whole_after_a_run(model):
+    fully_sharded(model)(normal(N, 4))
+    return model
+
+
+def flattened(model, **options):
+    return torch.distributed.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+def distributed(model):
+    return torch.distributed.tensor.distribute_module(model, torch.distributed.init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")
+@pytest.mark.parametrize(
+    ("shard", "named"),
+    [
+        (fully_sharded, "0.weight"),
+        (sharded_by_parts, "0.weight"),
+        (left_whole_after_a_run, "the model"),
+        (flattened, "_flat_param"),
+        (lambda model: flattened(model).module, "_flat_param"),
+        (lambda model: flattened(model, use_orig_params=True), "0.weight"),
+        (lambda model: flattened(model, use_orig_params=True).module, "0.weight"),
+        (distributed, "0.weight"),
+    ],
+)
+def test_sharded_models_are_refused(process_group, shard, named):
+    """The forward swaps their parameters for others."""
+    model = shard(mlp())
+    with pytest.raises(sw.UnsupportedOpError, match=f"^record: .*{named}.* is sharded"):
+        recorded(model, normal(N, 4))
 
 
 # --- functions of users -----------------------------------------------------------------------------------------------------------

@@ -52,6 +52,33 @@ def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
         raise UnsupportedOpError(
             "record: the model is a scripted module, and the recording cannot see into it. Record the module that was scripted."
         )
+    _refuse_sharded(modules)
+
+
+def _refuse_sharded(modules: Mapping[str, nn.Module]) -> None:
+    """Parameters that are put together from the parts of several processes, and swapped for others while the model runs."""
+    wrapped = [
+        name or "the model" for name, module in modules.items() if _has_class(module, "FSDPModule", "FullyShardedDataParallel")
+    ]
+    parts = [name for name, p in _trainable(modules) if _has_class(p, "DTensor") or getattr(p, "_fsdp_flattened", False)]
+    if parts or wrapped:
+        raise UnsupportedOpError(
+            f"record: {', '.join(parts or wrapped)} is sharded or distributed over processes (FSDP or a DTensor), and the forward runs on "
+            "tensors that are put together from it. Record the model as it is before that, whole in each process; under "
+            "DistributedDataParallel it may stay."
+        )
+
+
+def _trainable(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, module in modules.items():
+        for key, p in module._parameters.items():  # noqa: SLF001
+            if p is not None and p.requires_grad:
+                yield f"{name}.{key}" if name else key, p
+
+
+def _has_class(value: object, *names: str) -> bool:
+    """Whether it is of a class that goes by one of these names, whose module is not imported for that."""
+    return any(kind.__name__ in names for kind in type(value).__mro__)
 
 
 def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
