@@ -275,6 +275,19 @@ def hooked():
     run(model)
 
 
+def hooked_when_accumulated():
+    model = linear()
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+    run(model)
+
+
+def hooked_on_its_node():
+    model = linear()
+    node = torch.autograd.graph.get_gradient_edge(model.weight).node
+    node.register_prehook(lambda grads: None)
+    run(model)
+
+
 def uncollected():
     model = linear()
     with sw.record(model, create_graph=True):
@@ -700,6 +713,12 @@ CASES: dict[str, Case] = {
         in_inference_mode, "^record: ", "inference mode is on", "Leave `torch.inference_mode", kind=sw.SamplewiseError
     ),
     "attaching.refuse_hooks: a hook on a gradient": Case(hooked, "^weight: ", "has a hook", "Remove it", "weight"),
+    "attaching.refuse_hooks: when it is accumulated": Case(
+        hooked_when_accumulated, "^weight: ", "when its gradient is accumulated", "Remove it", "weight"
+    ),
+    "attaching.refuse_hooks_on_nodes: when it is accumulated": Case(
+        hooked_on_its_node, "^weight: ", "on the node", "Remove it", "weight"
+    ),
     "recording.Recording._enter_model: a second batch": Case(
         second_batch, "^Linear: ", "rows of two batches", "Open a new recording", kind=sw.MixedSamplesError
     ),

@@ -598,6 +598,43 @@ def test_hooks_of_modules(place, hook):
     assert not torch.allclose(rec.grads()["0.weight"], plain["0.weight"])
 
 
+def on_node(method):
+    """What registers a hook on the node where a gradient is accumulated, which lives as long as it is held."""
+
+    def register(p, hook):
+        node = torch.autograd.graph.get_gradient_edge(p).node
+        hook.node = node
+        return getattr(node, method)(hook)
+
+    return register
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(
+    "register", [torch.Tensor.register_post_accumulate_grad_hook, on_node("register_hook"), on_node("register_prehook")]
+)
+def test_hooks_where_gradients_are_accumulated_are_refused(register, create_graph, inside):
+    """An optimizer that steps in the backward would never step."""
+    model, batch = mlp(), normal(N, 4)
+
+    def hook(*args):
+        called.append(args)
+
+    def run():
+        with sw.record(model, create_graph=create_graph) as rec:
+            losses = squares(model, batch)
+            handles.append(register(model[2].bias, hook)) if inside else None
+            rec.backward(losses)
+
+    called, handles = [], [] if inside else [register(model[2].bias, hook)]
+    with pytest.raises(sw.UnsupportedOpError, match=r"^2.bias: has a hook"):
+        run()
+    handles[0].remove()
+    exact(model, batch, create_graph=create_graph)
+    assert not called
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_measuring_draws_none_of_the_users_random_numbers(dtype):
     """The first recording on a machine measures; the step after it draws what it would have drawn."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .axes import HOST, Lost, tensors_in
-from .collecting import Shared
+from .collecting import Shared, hooks_by
 from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
 
 
@@ -82,12 +82,33 @@ def _has_class(value: object, *names: str) -> bool:
 
 
 def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
-    """A hook would change an ordinary gradient, which does not exist here."""
+    """A hook would change or take an ordinary gradient, which does not exist here."""
+    if parameter._post_accumulate_grad_hooks:  # noqa: SLF001
+        raise UnsupportedOpError(
+            f"{name}: has a hook that runs when its gradient is accumulated (of an optimizer that steps in the backward, perhaps), and no "
+            "gradient is accumulated here. Remove it for the recording, and do with the results what it does."
+        )
     hooks = parameter._backward_hooks  # noqa: SLF001
     if hooks and any(not (getattr(hook, "__module__", None) or "").startswith(f"{__package__}.") for hook in hooks.values()):
         raise UnsupportedOpError(
             f"{name}: has a hook on its gradient, which per-sample gradients would not pass through. Remove it for the recording, and "
             "apply to the results what it does."
+        )
+
+
+def refuse_hooks_on_nodes(parameters: Mapping[str, nn.Parameter]) -> None:
+    """The same on the nodes where gradients of parameters are accumulated."""
+    with torch.enable_grad():
+        nodes: dict[str, Any] = {
+            name: p.view_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            for name, p in parameters.items()
+            if p.is_leaf and p.requires_grad
+        }
+    found = [name for name, node in nodes.items() if hooks_by(node.register_hook) or hooks_by(node.register_prehook)]
+    if found:
+        raise UnsupportedOpError(
+            f"{', '.join(found)}: has a hook on the node that accumulates its gradient, which no gradient reaches here. Remove it for the "
+            "recording, and do with the results what it does."
         )
 
 

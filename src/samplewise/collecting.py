@@ -76,13 +76,19 @@ def _in_every_recording(name: str, shape: torch.Size, dtype: torch.dtype) -> tup
     return kind, Source(kind.names, kind.isometric, shape, dtype, None)
 
 
+def hooks_by(register: Callable[[Callable[..., None]], Any]) -> Mapping[int, Any] | None:
+    """The dict that hooks are put into, also those that come later: what a hook that does nothing is put into."""
+    handle = register(lambda *_: None)
+    hooks: Mapping[int, Any] | None = handle.hooks_dict_ref()
+    handle.remove()
+    return hooks
+
+
 def _hook_lists(tensor: Tensor) -> Iterator[Mapping[int, Any]]:
-    """The dicts that hold the hooks of a tensor and of its node, also those that come later: what a hook that does nothing is put into."""
+    """The dicts that hold the hooks of a tensor and of its node."""
     node: Any = tensor.grad_fn
     for register in (tensor.register_hook, node.register_hook, node.register_prehook):
-        handle = register(lambda *_: None)
-        hooks = handle.hooks_dict_ref()
-        handle.remove()
+        hooks = hooks_by(register)
         if hooks is not None:
             yield hooks
 

@@ -23,6 +23,7 @@ from .attaching import (
     is_packed,
     packed_owners,
     refuse_hooks,
+    refuse_hooks_on_nodes,
     refuse_loss,
     refuse_new_parameters,
     refuse_unrecordable,
@@ -487,6 +488,7 @@ class Recording(Known, TorchFunctionMode):
     def refuse_new_parameters(self) -> None:
         """Refuse what became trainable after the recording began, whose gradient would be missing."""
         refuse_new_parameters(self.model, self._modules, self._names_of)
+        refuse_hooks_on_nodes(self.parameters)
         for name, parameter in self.parameters.items():
             refuse_hooks(name, parameter)
 
