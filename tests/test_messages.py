@@ -147,6 +147,13 @@ def after_the_recording(backward):
     return trigger
 
 
+def without_backward():
+    model = linear()
+    with sw.record(model) as rec:
+        squares(model, x())
+    rec.norms()
+
+
 def unseen_backward():
     model = linear()
     with sw.record(model):
@@ -822,6 +829,13 @@ CASES: dict[str, Case] = {
         "inner",
     ),
     # --- quantities
+    "quantities.Record.factors: no backward": Case(
+        without_backward,
+        "^record: ",
+        "no backward pass has run",
+        r"Call `rec.backward\(losses\)` inside",
+        kind=sw.SamplewiseError,
+    ),
     "factors._lacking: a method": Case(
         lambda: Unfinished().sq_norms(), "^Unfinished: ", "lacks `to_dense`", "defines `n`, `regroup`", kind=NotImplementedError
     ),

@@ -491,6 +491,59 @@ def test_training_goes_on_as_ever(kind):
         assert p.equal(q)
 
 
+QUANTITIES = {
+    "factors": lambda rec: rec.factors(),
+    "grads": lambda rec: rec.grads(),
+    "norms": lambda rec: rec.norms(),
+    "norms by parameter": lambda rec: rec.norms(by="parameter"),
+    "weighted sum": lambda rec: rec.weighted_sum(torch.ones(N)),
+    "clipped sum": lambda rec: rec.clipped_sum(1.0),
+    "dot": lambda rec: rec.dot({}),
+    "gram": lambda rec: rec.gram(),
+    "project": lambda rec: rec.project(sw.GaussianProjection(2, seed=0)),
+}
+
+
+def without_backward(model, batch):
+    squares(model, batch)
+
+
+def with_another_backward(model, batch):
+    """What is trained beside the model is none of its losses."""
+    squares(model, batch)
+    other = mlp()
+    squares(other, normal(5, 4)).sum().backward()
+
+
+def with_gradients_of_the_inputs(model, batch):
+    batch.requires_grad_()
+    torch.autograd.grad(squares(model, batch).sum(), batch)
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("step", [without_backward, with_another_backward, with_gradients_of_the_inputs])
+def test_without_a_backward_there_are_no_gradients(step, quantity):
+    """Nor are they zero."""
+    model = mlp()
+    with sw.record(model) as rec:
+        step(model, normal(N, 4))
+        with pytest.raises(sw.SamplewiseError, match=r"no backward pass .* Call `rec.backward\(losses\)` inside"):
+            QUANTITIES[quantity](rec)
+    with pytest.raises(sw.SamplewiseError, match="no backward pass"):
+        QUANTITIES[quantity](rec)
+
+
+@pytest.mark.parametrize("size", [0, 1, N])
+@pytest.mark.parametrize("backward", [lambda rec, losses: rec.backward(losses), lambda _, losses: losses.sum().backward()])
+def test_after_a_backward_that_reaches_no_parameter_they_are_zero(backward, size):
+    model, batch = mlp(), normal(size, 4).requires_grad_()
+    with sw.record(model) as rec:
+        model(batch)
+        backward(rec, batch.square().sum(1))
+    assert rec.norms().equal(torch.zeros(size, dtype=torch.float64))
+    assert not any(rows.any() for rows in rec.grads().values())
+
+
 def test_inputs_get_their_ordinary_gradient(kind):
     model, batch = kind
     plain, given = batch.clone().requires_grad_(), batch.clone().requires_grad_()

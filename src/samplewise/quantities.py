@@ -125,7 +125,17 @@ class Record:
     # --- quantities ---------------------------------------------------------------------------------------------------------
 
     def factors(self) -> dict[str, Factor]:
-        """The unmaterialised gradients: a factor for each parameter that the loss reached."""
+        """The unmaterialised gradients: a factor for each parameter that the loss reached.
+
+        Raises:
+            SamplewiseError: If no backward of this recording has run.
+        """
+        self._n()
+        if self._recording.collector.empty and not self._recording.begun:
+            raise SamplewiseError(
+                "record: no backward pass has run from losses of this recording, so there are no gradients. Call `rec.backward(losses)` "
+                "inside the `with record(...)` block first."
+            )
         return self._recording.collected()
 
     def grads(self, *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -94,6 +94,8 @@ class Recording(Known, TorchFunctionMode):
         self._earlier: list[tuple[Operation, tuple[Any, ...], dict[str, Any], Any]] = []
         # a derivative with a graph was taken through a use of a parameter, other than by `backward(losses)`
         self._differentiated = False
+        # a backward has begun from losses that depend on the samples; it may reach no parameter
+        self.begun = False
         # inside `backward(losses)`, where no reduction has to be undone
         self._from_losses = False
 
@@ -368,7 +370,7 @@ class Recording(Known, TorchFunctionMode):
 
     def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Run the backward pass from a vector of losses, one per sample."""
-        self._from_losses = True
+        self._from_losses = self.begun = True
         try:
             # in another thread than the forward's, the mode is not on
             with nullcontext() if self in modes() else self:
@@ -499,6 +501,7 @@ class Recording(Known, TorchFunctionMode):
         self.refuse_new_parameters()
         for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
             refuse_loss(self.kind(loss), self.loss_reduction)
+            self.begun = self.begun or self.where(loss) is not None
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, *default: Any) -> Any:
