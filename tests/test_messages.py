@@ -7,6 +7,7 @@ import ast
 import builtins
 import functools
 import inspect
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -700,6 +701,9 @@ CASES: dict[str, Case] = {
     "attaching.refuse_unrecordable: scripted": Case(
         lambda: run(torch.jit.script(linear())), "^record: ", "scripted module", "Record the module that was scripted"
     ),
+    "attaching.refuse_unrecordable: without numbers": Case(
+        lambda: run(linear().to("meta"), x().to("meta")), "^record: ", "on the meta device", "`model.to_empty", "weight, bias"
+    ),
     "attaching._refuse_sharded: by name": Case(
         lambda: run(type("FSDPModule", (nn.Linear,), {})(D, 2).double()),
         "^record: the model ",
@@ -829,6 +833,9 @@ CASES: dict[str, Case] = {
         "inner",
     ),
     # --- quantities
+    "quantities.Record.__reduce__: a copy": Case(
+        lambda: pickle.dumps(run(linear())), "^record: ", "neither be copied nor pickled", "Keep its results", kind=TypeError
+    ),
     "quantities.Record.factors: no backward": Case(
         without_backward,
         "^record: ",

@@ -948,6 +948,19 @@ def test_copies_inside_a_recording_have_nothing_of_it(duplicate):
         torch.testing.assert_close(p.grad, wanted[name].sum(0))
 
 
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_record_is_not_copied(duplicate):
+    rec = recorded(mlp(), normal(N, 4))
+    with pytest.raises(TypeError, match="Keep its results"):
+        duplicate([rec] if duplicate is not copy.copy else rec)
+
+
+def test_a_model_without_numbers_is_refused(kind):
+    model, batch = kind
+    with pytest.raises(sw.UnsupportedOpError, match="on the meta device"):
+        recorded(model.to("meta"), batch.to("meta"))
+
+
 def test_states_inside_a_recording():
     model, batch = mlp(), normal(N, 4)
     average = copy.deepcopy(model)

@@ -53,6 +53,12 @@ def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
             "record: the model is a scripted module, and the recording cannot see into it. Record the module that was scripted."
         )
     _refuse_sharded(modules)
+    empty = [name for name, p in _trainable(modules) if p.is_meta]
+    if empty:
+        raise UnsupportedOpError(
+            f"record: {', '.join(empty)} is on the meta device and has no numbers. Give the model memory first, "
+            "`model.to_empty(device=...)`, and load its weights or initialize them."
+        )
 
 
 def _refuse_sharded(modules: Mapping[str, nn.Module]) -> None:

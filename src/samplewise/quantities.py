@@ -42,6 +42,13 @@ class Record:
         self._recording.close()
         self._recording.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
+    def __reduce__(self) -> str:
+        """Refuse copies, and what would be stored of it."""
+        raise TypeError(
+            "record: a record belongs to a backward that has run, and can neither be copied nor pickled. Keep its results, "
+            "`rec.grads()` or `rec.norms()` for example."
+        )
+
     # --- saying what is what ------------------------------------------------------------------------------------------------
 
     def constant(self, tensor: Tensor) -> Tensor:
