@@ -330,6 +330,40 @@ def test_outputs_that_do_not_split_over_samples_are_refused(forward):
     assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
 
 
+class Balanced(nn.Module):
+    """A mixture of experts in miniature: a second loss, which is not a sum over samples, is kept and not returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.kept = nn.Linear(4, 3).double(), {}
+
+    def forward(self, x):
+        shares = self.gate(x).softmax(1)
+        self.kept.update(balance=shares.mean(0).square().sum(), entropy=(shares * shares.log()).sum(), shares=shares)
+        return shares
+
+
+def test_a_loss_kept_on_the_module_is_refused_where_samples_meet_in_it():
+    model, x = Balanced(), batch(5, 4).requires_grad_()
+    value = score(call_for_per_sample_grads(model)(x)) + model.kept["balance"]
+    torch.autograd.grad(value, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"tensor of shape \(\): backward: \w+ brought the samples together"):
+        value.backward()
+    assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
+
+
+def test_a_loss_kept_on_the_module_counts_where_it_is_a_sum():
+    model, x = Balanced(), batch(5, 4)
+
+    def loss(out):
+        return score(out) + model.kept["entropy"] + score(model.kept["shares"])
+
+    expected = manual(5, lambda i: loss(model(x[i : i + 1])), list(model.parameters()))
+    loss(call_for_per_sample_grads(model)(x)).backward()
+    for p, rows in zip(model.parameters(), expected, strict=True):
+        close(p.grad_sample, rows)
+
+
 def test_a_loss_inside_the_module():
     model = Called(lambda m, x, y: F.cross_entropy(m.a(x), y, reduction="sum"), a=nn.Linear(4, 3).double())
     x, y = batch(3, 4), torch.tensor([0, 2, 1])

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from samplewise.axes import Axis
+from samplewise.attaching import refuse_loss
+from samplewise.axes import Axis, Lost
 from samplewise.collecting import Shared
 from samplewise.errors import SamplewiseError
 from samplewise.quantities import dense_in
@@ -126,6 +127,7 @@ class _Wrapped(LateRecording):
         finally:
             entrance.remove()
         follow_checkpoints(self, out)
+        self._guard_kept()
         return tree_map_only(Tensor, self._checked, out)
 
     def _checked(self, out: Tensor) -> Tensor:
@@ -134,13 +136,27 @@ class _Wrapped(LateRecording):
             if out.requires_grad:
                 self._check_losses(out)
         except SamplewiseError as error:
-            message = f"call_for_per_sample_grads, output of shape {tuple(out.shape)}: {error}"
-
-            def refuse(*_: object) -> NoReturn:
-                raise SamplewiseError(message)
-
-            (out,) = Tap.run(self, refuse, self.anchor, [out.clone()], [])
+            (out,) = Tap.run(self, _refusal("output", out, error), self.anchor, [out.clone()], [])
         return out
+
+    def _guard_kept(self) -> None:
+        """The same for tensors that the forward left elsewhere, such as a second loss that a module keeps."""
+        for x, kind in self._kinds.items():
+            try:
+                if isinstance(kind, Lost) and x.requires_grad:
+                    refuse_loss(self.kind(x), self.loss_reduction)
+            except SamplewiseError as error:
+                x.register_hook(self._if_mine(_refusal("tensor", x, error)))
+
+    def _if_mine(self, refuse: Function) -> Callable[[Tensor], None]:
+        recording = weakref.ref(self)
+
+        def hook(_: Tensor) -> None:
+            alive = recording()
+            if alive is not None and alive.belongs():
+                refuse()
+
+        return hook
 
     def before_backward(self) -> None:
         """Refuse to add to the rows of another backward."""
@@ -201,3 +217,13 @@ class _Wrapped(LateRecording):
 
 def _no_factors(*_: object) -> list[Any]:
     return []
+
+
+def _refusal(what: str, x: Tensor, error: SamplewiseError) -> Callable[..., NoReturn]:
+    """What to do when a gradient comes to a tensor that cannot be split over samples."""
+    message = f"call_for_per_sample_grads, {what} of shape {tuple(x.shape)}: {error}"
+
+    def refuse(*_: object) -> NoReturn:
+        raise SamplewiseError(message)
+
+    return refuse
