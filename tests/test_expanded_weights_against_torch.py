@@ -501,3 +501,37 @@ def test_flattened_batches():
         lambda m, x: m.b(m.a(x.flatten(0, 1)).relu_()).view(len(x), -1, 2), a=nn.Linear(4, 5), b=nn.Linear(5, 2)
     ).double()
     check_module(model, batch(3, 6, 4))
+
+
+def clamped(grad):
+    return grad.clamp(-0.1, 0.1)
+
+
+def test_a_hook_before_two_uses_of_a_derived_weight_is_refused():
+    def forward(m, x):
+        scaled = m.w * 2
+        scaled.register_hook(clamped)
+        return x @ scaled.t() + F.linear(x.sin(), scaled)
+
+    with pytest.raises(RuntimeError, match="reaches several uses through a hook"):
+        score(call_for_per_sample_grads(Called(forward, w=(3, 4)))(batch(3, 4))).backward()
+
+
+def test_a_hook_on_an_expansion_after_its_use_is_refused():
+    def forward(m, x):
+        rows = m.w[None].expand(len(x), 4)
+        out = torch.cat([x, rows], 1)
+        rows.register_hook(clamped)
+        return out
+
+    with pytest.raises(RuntimeError, match="Register the hook before the use"):
+        score(call_for_per_sample_grads(Called(forward, w=(4,)))(batch(3, 4))).backward()
+
+
+def test_a_hook_on_a_derived_weight_sees_each_sample_alone():
+    def forward(m, x):
+        turned = m.w.t()
+        turned.register_hook(clamped)
+        return x @ turned
+
+    check_module(Called(forward, w=(3, 4)), batch(3, 4))

@@ -210,6 +210,12 @@ class Collector:
         self._bypassed: dict[Any, tuple[frozenset[str], list[Mapping[int, Any]]]] = {}
         self.empty = True
 
+    def clear(self) -> None:
+        """Forget what arrived, for another backward of the same forward: what that showed of hooks and uses stays."""
+        self._arrived.clear()
+        self._expected.clear()
+        self.empty = True
+
     def expect(self, source: Source, op: str, how: str) -> Uses:
         """Note a use in the forward; `add` with the same uses brings its factor."""
         for name in source.names:

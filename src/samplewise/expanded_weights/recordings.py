@@ -34,6 +34,7 @@ class LateRecording(Recording):
     ) -> None:
         super().__init__(model, batch_size=batch_size, batch_dim=batch_dim, loss_reduction=loss_reduction)
         self.parameters = dict(parameters)  # type: ignore[arg-type]
+        self.collector = Collector(self.parameters)
         self._running: weakref.ref[_Finish] | None = None
 
     def _watch(self) -> None:
@@ -74,7 +75,7 @@ class LateRecording(Recording):
         if self._running is not None and self._running() is not None:
             return
         self.before_backward()
-        self.collector = Collector(self.parameters)
+        self.collector.clear()
         finish = _Finish(self)
         # autograd owns the callback: it is gone when the backward has ended, with an error or without
         Variable._execution_engine.queue_callback(finish)  # noqa: SLF001
@@ -98,7 +99,7 @@ class _Finish:
     def __call__(self) -> None:
         with torch.no_grad(), torch._C.DisableTorchFunction():  # noqa: SLF001
             self.recording.write()
-        self.recording.collector = Collector(self.recording.parameters)
+        self.recording.collector.clear()
         if not self.keeps_graph:
             # no other backward can come
             remove(self.recording._handles)  # noqa: SLF001
