@@ -330,6 +330,16 @@ def test_outputs_that_do_not_split_over_samples_are_refused(forward):
     assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
 
 
+def test_a_hook_that_comes_after_the_forward_is_refused():
+    model = mlp()
+    value = score(call_for_per_sample_grads(model)(batch(3, 4)))
+    handle = model[0].weight.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+    with pytest.raises(RuntimeError, match=r"0\.weight: has a hook on its gradient"):
+        value.backward(retain_graph=True)
+    handle.remove()
+    value.backward()
+
+
 class Balanced(nn.Module):
     """A mixture of experts in miniature: a second loss, which is not a sum over samples, is kept and not returned."""
 

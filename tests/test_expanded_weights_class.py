@@ -295,3 +295,18 @@ def test_a_backward_without_samples_is_refused():
     with pytest.raises(RuntimeError, match="same for all samples"):
         (ExpandedWeight(weight, 3, "sum") * batch(5, 4)).sum().backward()
     assert weight.grad is None
+
+
+def test_hooks_are_refused():
+    weight, x = trainable(3, 4), batch(2, 4)
+    for each in (ExpandedWeight(weight, 2, "sum"), ExpandedWeight(weight, 2, "sum") * 2):
+        with pytest.raises(RuntimeError, match="cannot handle function register_hook"):
+            each.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+        with pytest.raises(RuntimeError, match="cannot handle function register_post_accumulate_grad_hook"):
+            each.register_post_accumulate_grad_hook(lambda weight: None)
+    weight.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+    for made in (lambda w: w, lambda w: w * 2):
+        with pytest.raises(RuntimeError, match=r"weight 0 of shape \(3, 4\): has a hook on its gradient"):
+            F.linear(x, made(ExpandedWeight(weight, 2, "sum"))).sum().backward()
+    assert weight.grad is None
+    assert not hasattr(weight, "grad_sample")

@@ -160,6 +160,7 @@ class _Wrapped(LateRecording):
 
     def before_backward(self) -> None:
         """Refuse to add to the rows of another backward."""
+        super().before_backward()
         refuse_earlier_rows(self.parameters)
 
     def write(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
 
+from samplewise.attaching import refuse_hooks
 from samplewise.collecting import Collector, Shared, Source
 from samplewise.errors import SamplewiseError, UnsupportedOpError
 from samplewise.factors import Dense
@@ -82,7 +83,9 @@ class LateRecording(Recording):
         self._running = weakref.ref(finish)
 
     def before_backward(self) -> None:
-        """Look at the parameters before anything is collected for them."""
+        """Look at the parameters before anything is collected for them: hooks on them may have come since the forward."""
+        for name, parameter in self.parameters.items():
+            refuse_hooks(name, parameter)
 
     def write(self) -> None:
         """Add the collected rows to the parameters' `grad_sample`."""

@@ -105,6 +105,11 @@ class ExpandedWeight(Tensor):
                 f"{func.__name__}: this tensor was computed from ExpandedWeights alone, so it is the same for all samples. Check that an "
                 "input has their batch size on the axis that `set_batch_first` says"
             )
+        if func in {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}:
+            raise SamplewiseError(
+                f"Expanded Weights encountered but cannot handle function {func.__name__}: the weight gets no ordinary gradient, and of "
+                "one computed from it every use has a gradient of its own. Put the hook on a result of the layer, or change the rows"
+            )
         if operation(func).plain_property:
             return func(*(unwrapped(arg) for arg in args))
         return recorded(func, args, dict(kwargs))
@@ -194,13 +199,15 @@ class _Direct(LateRecording):
     trusts_shapes = True
 
     def __init__(self, weights: Sequence[ExpandedWeight], size: int) -> None:
-        origins = {str(id(origin)): origin for weight in weights for origin in weight.origins}
+        unique = {id(origin): origin for weight in weights for origin in weight.origins}
+        names = {key: f"weight {place} of shape {tuple(unique[key].shape)}" for place, key in enumerate(unique)}
+        origins = {names[key]: origin for key, origin in unique.items()}
         dim, loss_reduction = 0 if is_batch_first(weights) else 1, common_reduction(weights)
         super().__init__(nn.Module(), origins, batch_size=size, batch_dim=dim, loss_reduction=loss_reduction)
         self.like, self._open = weights[0], True
         for weight in weights:
-            names = frozenset(str(id(origin)) for origin in weight.origins)
-            self.declare(weight.orig_weight, Shared(names, isometric=weight.orig_weight is weight.origins[0]))
+            own = frozenset(names[id(origin)] for origin in weight.origins)
+            self.declare(weight.orig_weight, Shared(own, isometric=weight.orig_weight is weight.origins[0]))
 
     def expanded(self, out: Tensor) -> Tensor:
         """A result of the function: an ExpandedWeight if it is the same for all samples."""
