@@ -279,6 +279,14 @@ def test_two_calls_in_one_backward_add_up():
         close(p.grad_sample, rows)
 
 
+@pytest.mark.parametrize("sizes", [(1, 5), (5, 1), (3, 5)], ids=str)
+def test_two_calls_of_other_batch_sizes_in_one_backward_are_refused(sizes):
+    model = mlp()
+    value = sum(score(call_for_per_sample_grads(model)(batch(size, 4))) for size in sizes)
+    with pytest.raises(RuntimeError, match=r"grad_sample: rows of shape .* cannot be added to those of shape"):
+        value.backward()
+
+
 def test_a_backward_that_failed_leaves_no_rows_to_the_next():
     model, x, failing = mlp(), batch(3, 4), [True]
 

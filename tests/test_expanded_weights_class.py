@@ -158,6 +158,15 @@ def test_expanded_weights_add_up_over_uses():
     close(weight.grad_sample, 2 * rows)
 
 
+def test_rows_of_other_batch_sizes_are_not_added():
+    weight = trainable(3, 4)
+    score(F.linear(batch(1, 4), ExpandedWeight(weight, 1, "sum"))).backward()
+    with pytest.raises(
+        RuntimeError, match=r"grad_sample: rows of shape \(5, 3, 4\) cannot be added to those of shape \(1, 3, 4\)"
+    ):
+        score(F.linear(batch(5, 4), ExpandedWeight(weight, 5, "sum"))).backward()
+
+
 def test_expanded_weights_with_the_batch_second():
     weight, bias, x = trainable(3, 4), trainable(3), batch(5, 2, 4)
     rows = manual(2, lambda i: score(F.linear(x[:, i], weight, bias)), [weight, bias])

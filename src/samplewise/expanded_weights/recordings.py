@@ -116,8 +116,17 @@ def remove(handles: list[Any]) -> None:
 
 
 def add_rows(parameter: Tensor, rows: Tensor) -> None:
-    """Set `parameter.grad_sample`, or add to what it is."""
+    """Set `parameter.grad_sample`, or add to what it is.
+
+    Raises:
+        RuntimeError: If it has the rows of another number of samples, which broadcasting might add all the same.
+    """
     earlier = rows_of(parameter)
+    if earlier is not None and earlier.shape != rows.shape:
+        raise SamplewiseError(
+            f"grad_sample: rows of shape {tuple(rows.shape)} cannot be added to those of shape {tuple(earlier.shape)} that the parameter "
+            "has from another batch. Please clear out its grad_sample first, and use one batch size in one backward"
+        )
     parameter.grad_sample = rows if earlier is None else earlier + rows  # type: ignore[attr-defined]
 
 
