@@ -320,6 +320,22 @@ def test_an_ordinary_gradient_beside_the_rows_is_refused():
     assert all(getattr(p, "grad_sample", None) is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [lambda m, x: (m.a(x), m.b(x)), lambda m, x: ((m.c + x).exp(), (m.c + x) + 1)],
+    ids=["disjoint graphs", "nothing saved"],
+)
+def test_an_ordinary_gradient_is_refused_in_the_backward_of_another_output_too(forward):
+    model = Called(forward, a=nn.Linear(4, 3).double(), b=nn.Linear(4, 3).double(), c=(4,))
+    one, two = call_for_per_sample_grads(model)(batch(5, 4))
+    score(one).backward()
+    for p in model.parameters():
+        p.grad_sample = None
+    with pytest.raises(RuntimeError, match="ordinary gradient"):
+        (score(two) + model.b.weight.square().sum()).backward()
+    assert all(p.grad_sample is None for p in model.parameters())
+
+
 SAME_FOR_ALL = [
     ("a parameter", lambda m, x: (m.a(x), m.scale * 2)),
     ("nothing else", lambda m, x: m.scale.square()),

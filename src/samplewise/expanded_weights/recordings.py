@@ -37,18 +37,21 @@ class LateRecording(Recording):
         self.parameters = dict(parameters)  # type: ignore[arg-type]
         self.collector = Collector(self.parameters)
         self._running: weakref.ref[_Finish] | None = None
+        # where the ordinary gradients of parameters that are watched would be accumulated
+        self._ordinary: dict[str, Any] = {}
 
     def _watch(self) -> None:
-        """By a hook on every parameter."""
+        """By a hook on every parameter, and a look at the graph of every backward."""
         for name, parameter in self.parameters.items():
-            self._handles.append(parameter.register_hook(self._guard(name, parameter)))
+            self._ordinary[name] = get_gradient_edge(parameter).node
+            self._handles.append(parameter.register_hook(self._guard(name)))
 
     def _look_for_unseen(self, losses: Tensor | Sequence[Tensor]) -> None:
         """The hooks do, for the backward comes when no mode sees it."""
 
-    def _guard(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+    def _guard(self, name: str) -> Callable[[Tensor], None]:
         """A hook that refuses a gradient which would be accumulated in the parameter, not one that is only asked for."""
-        node, recording = get_gradient_edge(parameter).node, weakref.ref(self)
+        node, recording = self._ordinary[name], weakref.ref(self)
 
         def refuse(_: Tensor) -> None:
             alive = recording()
@@ -86,6 +89,10 @@ class LateRecording(Recording):
         """Look at the parameters before anything is collected for them: hooks on them may have come since the forward."""
         for name, parameter in self.parameters.items():
             refuse_hooks(name, parameter)
+        # also after a backward that took the hooks off
+        for name, node in self._ordinary.items():
+            if accumulates(node):
+                raise UnsupportedOpError(f"{name}: {UNSEEN}")
 
     def write(self) -> None:
         """Add the collected rows to the parameters' `grad_sample`."""
@@ -104,7 +111,7 @@ class _Finish:
             self.recording.write()
         self.recording.collector.clear()
         if not self.keeps_graph:
-            # no other backward can come
+            # another backward can come only from another part of the graph
             remove(self.recording._handles)  # noqa: SLF001
 
 
