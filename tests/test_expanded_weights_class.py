@@ -158,6 +158,34 @@ def test_expanded_weights_add_up_over_uses():
     close(weight.grad_sample, 2 * rows)
 
 
+MASKED = [
+    ("*", lambda w, mask: w * mask),
+    ("+", lambda w, mask: mask + w),
+    ("in place", lambda w, mask: (w * 1).mul_(mask)),
+    ("column", lambda w, mask: w * mask[:, :1]),
+    ("where", lambda w, mask: torch.where(mask > 0, w, 0.0)),
+    ("masked_fill", lambda w, mask: w.masked_fill(mask > 0, 0.0)),
+    ("lerp", lambda w, mask: torch.lerp(w, w * 2, mask)),
+    ("addcmul", lambda w, mask: torch.addcmul(w, w, mask)),
+    ("gate", lambda w, mask: w * mask.clone().requires_grad_().sigmoid()),
+]
+
+
+@pytest.mark.parametrize("call", [call for _, call in MASKED], ids=[name for name, _ in MASKED])
+def test_a_mask_of_the_size_of_a_batch_is_refused(call):
+    weight, mask, x = trainable(3, 4), batch(3, 4).sign(), batch(3, 4)
+    with pytest.raises(RuntimeError, match="may be a batch of 3 samples, or a constant"):
+        F.linear(x, call(ExpandedWeight(weight, 3, "sum"), mask))
+
+
+@pytest.mark.parametrize("call", [call for name, call in MASKED if name not in {"gate", "column"}])
+def test_a_mask_with_a_leading_axis_is_a_constant(call):
+    weight, mask, x = trainable(3, 4), batch(3, 4).sign(), batch(3, 4)
+    (rows,) = manual(3, lambda i: score(F.linear(x[i], call(weight * 1, mask))), [weight])
+    score(F.linear(x, call(ExpandedWeight(weight, 3, "sum")[None], mask[None])[0])).backward()
+    close(weight.grad_sample, rows)
+
+
 def test_rows_of_other_batch_sizes_are_not_added():
     weight = trainable(3, 4)
     score(F.linear(batch(1, 4), ExpandedWeight(weight, 1, "sum"))).backward()

@@ -7,16 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from samplewise.axes import Axis
-from samplewise.collecting import Shared
+from samplewise.axes import Axis, tensors_in
+from samplewise.collecting import Shared, leaves_of
 from samplewise.errors import SamplewiseError, UnsupportedOpError
-from samplewise.registry import operation
+from samplewise.registry import Operation, operation
+from samplewise.sample_axis import ALIGNED, ELEMENTWISE, LOSSES
+from samplewise.taps import Enter, Tap
 
 from .recordings import LateRecording, add_rows
 
 Function = Callable[..., Any]
 Handler = TypeVar("Handler", bound=type[torch.autograd.Function])
 Result = TypeVar("Result")
+
+_RECORDED = (Tap._backward_cls, Enter._backward_cls)  # noqa: SLF001
+_ENTRY_BY_ENTRY = ALIGNED.union(ELEMENTWISE, LOSSES)
 
 HANDLED_FUNCTIONS: dict[Function, type[torch.autograd.Function]] = {}
 
@@ -48,6 +53,12 @@ class ExpandedWeight(Tensor):
 
     After `backward`, the tensor it was made of has `grad_sample`, `(n, *shape)`, and no `.grad`; several uses and several
     backwards add up. What is computed from ExpandedWeights alone is again one, of the same original tensors.
+
+    Of other tensors the shape says whether they hold samples: n on axis 0, or on axis 1 after `set_batch_first(False)`. A
+    constant of that shape, such as a mask, is refused where it meets the weight entry by entry and both have n there. In
+    other ops it cannot be told from samples, and the rows would be wrong: in `constant @ weight`, `weight[order]`, and
+    `constant + weight` with a weight of fewer axes. Give it a leading axis of 1, `(constant[None] @ weight)[0]`, or use
+    `call_for_per_sample_grads`, which is shown the samples.
 
     Args:
         orig_weight: The tensor, `shape`; it must require grad.
@@ -209,6 +220,27 @@ class _Direct(LateRecording):
             own = frozenset(names[id(origin)] for origin in weight.origins)
             self.declare(weight.orig_weight, Shared(own, isometric=weight.orig_weight is weight.origins[0]))
 
+    def _run(self, func: Function, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As ever, unless a constant may be taken for samples."""
+        if op.name in _ENTRY_BY_ENTRY:
+            self._refuse_own_rows(op.name, tensors_in((args, kwargs)))
+        return super()._run(func, op, args, kwargs)
+
+    def _refuse_own_rows(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Refuse a weight with rows of its own where the samples of a tensor, of which only the shape speaks, would be."""
+        places = [(x, where) for x in tensors if isinstance(where := self.where(x), Axis)]
+        if self.n == 1 or any(_is_recorded(x) for x, _ in places):
+            return
+        weights = [w for w in tensors if isinstance(self.kind(w), Shared)]
+        for x, axis, w in ((x, axis, w) for x, axis in places for w in weights):
+            dim = axis.dim + w.ndim - x.ndim
+            if dim >= 0 and w.shape[dim] == x.shape[axis.dim] and w.stride(dim):
+                raise UnsupportedOpError(
+                    f"{name}: a tensor of shape {tuple(x.shape)} may be a batch of {self.n} samples, or a constant, such as a "
+                    f"mask of a weight of shape {tuple(w.shape)}. Give a constant a leading axis of 1, `(weight * mask[None])[0]`, or "
+                    "use call_for_per_sample_grads, which is shown the samples"
+                )
+
     def expanded(self, out: Tensor) -> Tensor:
         """A result of the function: an ExpandedWeight if it is the same for all samples."""
         kind = self.kind(out)
@@ -224,6 +256,11 @@ class _Direct(LateRecording):
         """Add the rows, the missing samples last."""
         for name, factor in self.collected().items():
             add_rows(self.parameters[name], padded(factor.to_dense(), self.like.batch_size))
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether a tensor was computed with ExpandedWeights, and so has samples: its history goes on behind a recorded op."""
+    return len(leaves_of(x)) > len(leaves_of(x, until=_RECORDED))
 
 
 def padded(rows: Tensor, size: int) -> Tensor:
