@@ -206,13 +206,15 @@ def test_expanded_weights_with_the_batch_second():
     close(bias.grad_sample, rows[1])
 
 
-def test_smaller_batches_fill_the_first_rows():
-    weight, x = trainable(3, 4), batch(2, 4)
-    (rows,) = manual(2, lambda i: score(F.linear(x[i], weight)), [weight])
-    wide = ExpandedWeight(weight, 5, "sum")
+@pytest.mark.parametrize(("loss_reduction", "scale"), [("sum", 1), ("mean", 5)])
+def test_smaller_batches_fill_the_first_rows(loss_reduction, scale):
+    weight, bias, x = trainable(3, 4), trainable(3), batch(2, 4)
+    rows = manual(2, lambda i: score(F.linear(x[i], weight, bias)), [weight, bias])
+    wide = ExpandedWeight(weight, 5, loss_reduction)
     wide.set_allow_smaller_batches(True)
-    score(F.linear(x, wide)).backward()
-    close(weight.grad_sample, torch.cat([rows, torch.zeros(3, 3, 4, dtype=torch.float64)]))
+    score(F.linear(x, wide, ExpandedWeight(bias, 2, loss_reduction))).backward()
+    close(weight.grad_sample, scale * torch.cat([rows[0], torch.zeros(3, 3, 4, dtype=torch.float64)]))
+    close(bias.grad_sample, (2 if loss_reduction == "mean" else 1) * rows[1])
     with pytest.raises(RuntimeError, match="batch size matching input"):
         F.linear(batch(6, 4), wide)
 

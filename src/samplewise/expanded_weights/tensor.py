@@ -213,11 +213,14 @@ class _Direct(LateRecording):
         unique = {id(origin): origin for weight in weights for origin in weight.origins}
         names = {key: f"weight {place} of shape {tuple(unique[key].shape)}" for place, key in enumerate(unique)}
         origins = {names[key]: origin for key, origin in unique.items()}
-        dim, loss_reduction = 0 if is_batch_first(weights) else 1, common_reduction(weights)
-        super().__init__(nn.Module(), origins, batch_size=size, batch_dim=dim, loss_reduction=loss_reduction)
+        dim = 0 if is_batch_first(weights) else 1
+        # the mean is undone at the end: it was taken over the samples that each weight was made for, not over fewer
+        super().__init__(nn.Module(), origins, batch_size=size, batch_dim=dim, loss_reduction="sum")
         self.like, self._open = weights[0], True
+        self._reduction, self._sizes = common_reduction(weights), dict[str, int]()
         for weight in weights:
             own = frozenset(names[id(origin)] for origin in weight.origins)
+            self._sizes.update(dict.fromkeys(own, weight.batch_size))
             self.declare(weight.orig_weight, Shared(own, isometric=weight.orig_weight is weight.origins[0]))
 
     def _run(self, func: Function, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -255,7 +258,8 @@ class _Direct(LateRecording):
     def write(self) -> None:
         """Add the rows, the missing samples last."""
         for name, factor in self.collected().items():
-            add_rows(self.parameters[name], padded(factor.to_dense(), self.like.batch_size))
+            rows, size = factor.to_dense(), self._sizes[name]
+            add_rows(self.parameters[name], padded(rows * size if self._reduction == "mean" else rows, size))
 
 
 def _is_recorded(x: Tensor) -> bool:
