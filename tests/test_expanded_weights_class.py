@@ -186,6 +186,19 @@ def test_a_mask_with_a_leading_axis_is_a_constant(call):
     close(weight.grad_sample, rows)
 
 
+@pytest.mark.parametrize("made", [lambda w: w, lambda w: w * 2], ids=["itself", "derived"])
+def test_rows_have_the_dtype_of_the_weight_under_autocast(made):
+    weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((3, 4), (3,)))
+    x = torch.randn(2, 4)
+    rows = manual(2, lambda i: score(F.linear(x[i], made(weight), bias)), [weight, bias])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = F.linear(x, made(ExpandedWeight(weight, 2, "sum")), ExpandedWeight(bias, 2, "sum"))
+    score(out.float()).backward()
+    for each, wanted in zip((weight, bias), rows, strict=True):
+        assert each.grad_sample.dtype == torch.float32
+        close(each.grad_sample, wanted, rtol=5e-2)
+
+
 def test_rows_of_other_batch_sizes_are_not_added():
     weight = trainable(3, 4)
     score(F.linear(batch(1, 4), ExpandedWeight(weight, 1, "sum"))).backward()

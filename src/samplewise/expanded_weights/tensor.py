@@ -258,8 +258,10 @@ class _Direct(LateRecording):
     def write(self) -> None:
         """Add the rows, the missing samples last."""
         for name, factor in self.collected().items():
-            rows, size = factor.to_dense(), self._sizes[name]
-            add_rows(self.parameters[name], padded(rows * size if self._reduction == "mean" else rows, size))
+            parameter, size = self.parameters[name], self._sizes[name]
+            # a lower precision, of autocast, is that of the op alone
+            rows = factor.to_dense().to(parameter.dtype)
+            add_rows(parameter, padded(rows * size if self._reduction == "mean" else rows, size))
 
 
 def _is_recorded(x: Tensor) -> bool:
