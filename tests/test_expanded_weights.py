@@ -270,6 +270,30 @@ def test_rows_of_two_backwards_are_never_added():
         close(p.grad_sample, each)
 
 
+def test_backwards_of_one_call_add_up():
+    model = Called(lambda m, x: (m.a(x), m.b(m.a(x))), a=nn.Linear(4, 4).double(), b=nn.Linear(4, 3).double())
+    x = batch(3, 4)
+    expected = module_loop(model, (x,), size=3)
+    one, two = call_for_per_sample_grads(model)(x)
+    score(one).backward(retain_graph=True)
+    score(two).backward(retain_graph=True)
+    for name, p in model.named_parameters():
+        close(p.grad_sample, expected[name], name)
+    score((one, two)).backward()
+    for name, p in model.named_parameters():
+        close(p.grad_sample, 2 * expected[name], name)
+
+
+@pytest.mark.parametrize("replaced", [lambda rows: rows.clone(), lambda rows: rows.mul_(0.5)], ids=["copied", "changed"])
+def test_rows_that_are_no_longer_those_of_the_call_are_refused(replaced):
+    model = mlp()
+    value = score(call_for_per_sample_grads(model)(batch(3, 4)))
+    value.backward(retain_graph=True)
+    model[2].bias.grad_sample = replaced(model[2].bias.grad_sample)
+    with pytest.raises(RuntimeError, match=r"'2\.bias' still has the grad_sample"):
+        value.backward()
+
+
 def test_two_calls_in_one_backward_add_up():
     model, x, y = mlp(), batch(3, 4), batch(3, 4)
     expected = manual(3, lambda i: (model(x[i]) * model(y[i])).sum().sin(), list(model.parameters()))

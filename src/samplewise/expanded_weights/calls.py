@@ -20,7 +20,7 @@ from samplewise.taps import Tap
 from .checkpoints import follow_checkpoints
 from .handlers import PerSampleGrad, input_and_rest
 from .helpers import refuse_mixture
-from .recordings import LateRecording, add_rows, refuse_earlier_rows, remove
+from .recordings import LateRecording, add_rows, refuse_earlier_rows, remove, rows_of
 from .tensor import HANDLED_FUNCTIONS, ExpandedWeight
 
 Function = Callable[..., Any]
@@ -112,6 +112,8 @@ class _Wrapped(LateRecording):
     def __init__(self, module: nn.Module, *, batch_size: int, batch_dim: int, loss_reduction: str) -> None:
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         super().__init__(module, parameters, batch_size=batch_size, batch_dim=batch_dim, loss_reduction=loss_reduction)
+        # the rows that this call wrote last, and their versions
+        self._written: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module; only guards on its parameters stay until its graph is gone or its backward has run."""
@@ -159,9 +161,14 @@ class _Wrapped(LateRecording):
         return hook
 
     def before_backward(self) -> None:
-        """Refuse to add to the rows of another backward."""
+        """Refuse to add to rows other than those of this call, which are of the same samples."""
         super().before_backward()
-        refuse_earlier_rows(self.parameters)
+        refuse_earlier_rows({name: p for name, p in self.parameters.items() if not self._wrote(name, rows_of(p))})
+
+    def _wrote(self, name: str, rows: Tensor | None) -> bool:
+        """Whether the rows are those that an earlier backward of this call left, as they were."""
+        written, version = self._written.get(name, (None, 0))
+        return rows is not None and written is not None and written() is rows and rows._version == version  # noqa: SLF001
 
     def write(self) -> None:
         """Add the rows of this backward; parameters that the loss did not reach have zeros."""
@@ -171,6 +178,9 @@ class _Wrapped(LateRecording):
                 dense_in(name, factors[name], None) if name in factors else parameter.new_zeros(self.n or 0, *parameter.shape)
             )
             add_rows(parameter, rows.to(parameter.dtype))
+            total = rows_of(parameter)
+            assert total is not None
+            self._written[name] = weakref.ref(total), total._version  # noqa: SLF001
 
     def __torch_function__(
         self, func: Function, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
