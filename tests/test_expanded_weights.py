@@ -20,7 +20,7 @@ from expanded_weights_loop import (
     options,
     score,
 )
-from samplewise.expanded_weights import call_for_per_sample_grads
+from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +226,14 @@ ARGUMENTS = [
         "Expected loss_reduction argument to be sum or mean",
         lambda: call_for_per_sample_grads(mlp(), loss_reduction="none"),
     ),
+    (
+        "Expected loss_reduction argument to be sum or mean",
+        lambda: call_for_per_sample_grads(mlp(), loss_reduction=["sum"]),
+    ),
+    (
+        "Expected loss_reduction argument to be sum or mean",
+        lambda: ExpandedWeight(mlp()[0].weight, 3, ["sum"]),
+    ),
     ("Unable to find a tensor in the passed args and kwargs", lambda: call_for_per_sample_grads(mlp())(3)),
     (
         "found at least one input with batch size",
@@ -243,6 +251,24 @@ ARGUMENTS = [
 def test_arguments_are_checked(phrase, call):
     with pytest.raises(RuntimeError, match=phrase):
         call()
+
+
+TRANSFORMS = [
+    ("grad", lambda call, x: torch.func.grad(lambda x: call(x).sum())(x)),
+    ("vmap", lambda call, x: torch.vmap(call)(x[None])),
+    ("jvp", lambda call, x: torch.func.jvp(call, (x,), (x,))),
+]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("transform", [transform for _, transform in TRANSFORMS], ids=[name for name, _ in TRANSFORMS])
+def test_a_transform_around_a_call_is_refused(transform, size):
+    model, x = mlp(), batch(size, 4)
+    with pytest.raises(RuntimeError, match=r"call_for_per_sample_grads: runs inside a transform of torch\.func"):
+        transform(call_for_per_sample_grads(model), x)
+    with pytest.raises(RuntimeError, match=r"linear: runs inside a transform of torch\.func"):
+        transform(lambda x: F.linear(x, ExpandedWeight(model[0].weight, size, "sum")), x)
+    check_module(model, x)
 
 
 def test_arguments_are_keywords_only():

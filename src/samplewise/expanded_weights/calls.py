@@ -20,7 +20,7 @@ from samplewise.taps import Tap
 from .checkpoints import follow_checkpoints
 from .handlers import PerSampleGrad, input_and_rest
 from .helpers import refuse_mixture
-from .recordings import LateRecording, add_rows, refuse_earlier_rows, remove, rows_of
+from .recordings import LateRecording, add_rows, refuse_earlier_rows, refuse_transform, remove, rows_of
 from .tensor import HANDLED_FUNCTIONS, ExpandedWeight
 
 Function = Callable[..., Any]
@@ -54,7 +54,7 @@ def call_for_per_sample_grads(
         >>> model.weight.grad_sample.shape, model.weight.grad
         (torch.Size([5, 3, 4]), None)
     """
-    if loss_reduction not in {"sum", "mean"}:
+    if loss_reduction not in ("sum", "mean"):
         raise SamplewiseError(f"Expected loss_reduction argument to be sum or mean, got {loss_reduction}")
     if not isinstance(module, nn.Module):
         raise SamplewiseError(f"Module passed must be nn.Module, got {type(module).__name__}")
@@ -67,6 +67,7 @@ def call_for_per_sample_grads(
 
     @functools.wraps(module.forward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        refuse_transform("call_for_per_sample_grads")
         size = _batch_size((args, kwargs), dim, batch_size)
         recording = _Wrapped(module, batch_size=size, batch_dim=dim, loss_reduction=loss_reduction)
         refuse_earlier_rows(recording.parameters)

@@ -14,7 +14,7 @@ from samplewise.collecting import Collector, Shared, Source
 from samplewise.errors import SamplewiseError, UnsupportedOpError
 from samplewise.factors import Dense
 from samplewise.recording import UNSEEN, Recording
-from samplewise.running import accumulates, modes
+from samplewise.running import accumulates, in_transform, modes
 from samplewise.taps import Factors, Grads
 
 
@@ -113,6 +113,15 @@ class _Finish:
         if not self.keeps_graph:
             # another backward can come only from another part of the graph
             remove(self.recording._handles)  # noqa: SLF001
+
+
+def refuse_transform(name: str) -> None:
+    """Raise inside a transform of torch.func, which has gradients and batches of its own."""
+    if in_transform():
+        raise UnsupportedOpError(
+            f"{name}: runs inside a transform of torch.func (vmap, grad, ...), where the samples cannot be followed to a later backward. "
+            "Call it outside, with the whole batch"
+        )
 
 
 def remove(handles: list[Any]) -> None:

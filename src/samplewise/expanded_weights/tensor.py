@@ -14,7 +14,7 @@ from samplewise.registry import Operation, operation
 from samplewise.sample_axis import ALIGNED, ELEMENTWISE, LOSSES
 from samplewise.taps import Enter, Tap
 
-from .recordings import LateRecording, add_rows
+from .recordings import LateRecording, add_rows, refuse_transform
 
 Function = Callable[..., Any]
 Handler = TypeVar("Handler", bound=type[torch.autograd.Function])
@@ -87,7 +87,7 @@ class ExpandedWeight(Tensor):
             raise SamplewiseError(
                 "Can only build ExpandedWeights objects of tensors that requires_grad; freeze by passing it as is"
             )
-        if loss_reduction not in {"sum", "mean"}:
+        if loss_reduction not in ("sum", "mean"):
             raise SamplewiseError(f"Expected loss_reduction argument to be sum or mean, got {loss_reduction}")
         return Tensor._make_subclass(cls, orig_weight, True)  # noqa: FBT003, SLF001
 
@@ -191,6 +191,7 @@ def recorded(
     `kinds` says what other arguments are, where their shape could be misread; `size` is the number of samples, by default
     that of the weights.
     """
+    refuse_transform(func.__name__)
     weights = expanded_in((args, kwargs))
     recording = _Direct(weights, common_size(weights) if size is None else size)
     for tensor, kind in kinds:
