@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from expanded_weights_loop import (
     Called,
@@ -251,6 +252,25 @@ ARGUMENTS = [
 def test_arguments_are_checked(phrase, call):
     with pytest.raises(RuntimeError, match=phrase):
         call()
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_a_call(reentrant, inner):
+    def segment(m, x):
+        return m.b(m.a(x).tanh())
+
+    def forward(m, x):
+        return checkpoint(segment, m, x, use_reentrant=False) if inner else segment(m, x)
+
+    model, x = Called(forward, a=nn.Linear(4, 5).double(), b=nn.Linear(5, 3).double()), batch(6, 4).requires_grad_()
+    expected = module_loop(model, (x,), size=6)
+    (wanted,) = torch.autograd.grad(score(model(x)), x)
+    score(checkpoint(call_for_per_sample_grads(model), x, use_reentrant=reentrant)).backward()
+    for name, p in model.named_parameters():
+        close(p.grad_sample, expected[name], name)
+        assert p.grad is None
+    torch.testing.assert_close(x.grad, wanted)
 
 
 TRANSFORMS = [

@@ -17,7 +17,7 @@ from samplewise.errors import SamplewiseError
 from samplewise.quantities import dense_in
 from samplewise.taps import Tap
 
-from .checkpoints import follow_checkpoints
+from .checkpoints import follow_checkpoints, running_frames
 from .handlers import PerSampleGrad, input_and_rest
 from .helpers import refuse_mixture
 from .recordings import LateRecording, add_rows, refuse_earlier_rows, refuse_transform, remove, rows_of
@@ -115,6 +115,7 @@ class _Wrapped(LateRecording):
         super().__init__(module, parameters, batch_size=batch_size, batch_dim=batch_dim, loss_reduction=loss_reduction)
         # the rows that this call wrote last, and their versions
         self._written: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        self._outside = weakref.WeakSet(running_frames())
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module; only guards on its parameters stay until its graph is gone or its backward has run."""
@@ -129,7 +130,7 @@ class _Wrapped(LateRecording):
             raise
         finally:
             entrance.remove()
-        follow_checkpoints(self, out)
+        follow_checkpoints(self, out, self._outside)
         self._guard_kept()
         return tree_map_only(Tensor, self._checked, out)
 
@@ -188,7 +189,7 @@ class _Wrapped(LateRecording):
     ) -> Any:
         """As the engine does, after the checks of the interface, unless a third party handles the function."""
         handler, kwargs = HANDLED_FUNCTIONS.get(func), kwargs or {}
-        follow_checkpoints(self, (args, kwargs))
+        follow_checkpoints(self, (args, kwargs), self._outside)
         if handler is not None:
             x, rest = input_and_rest(args, kwargs)
             shared = [w for w in rest if isinstance(self.kind(w), Shared)]

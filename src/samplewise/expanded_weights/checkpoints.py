@@ -1,7 +1,7 @@
 """Activation checkpoints in a wrapped call: the backward comes outside of it, and what it recomputes is recorded too."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from .recordings import LateRecording
 Segment = Callable[..., Any]
 
 
-def follow_checkpoints(recording: LateRecording, values: object) -> None:
-    """Record the recomputation of the checkpoint that is running, and of those that the given tensors come from."""
-    for frame in _running_frames():
-        if not isinstance(frame.recompute_fn, _Recorded):
+def follow_checkpoints(recording: LateRecording, values: object, outside: Collection[_CheckpointFrame]) -> None:
+    """Record the recomputation of the checkpoint that is running, and of those that the given tensors come from.
+
+    Not of those `outside`, which ran before the call: they make the whole call again.
+    """
+    for frame in running_frames():
+        if frame not in outside and not isinstance(frame.recompute_fn, _Recorded):
             frame.recompute_fn = _Recorded(recording, frame.recompute_fn)
     for x in tensors_in(values):
         node: Any = x.grad_fn
@@ -26,7 +29,7 @@ def follow_checkpoints(recording: LateRecording, values: object) -> None:
             node.run_function = _RecordedReentrant(recording, node.run_function, node)  # type: ignore[attr-defined]
 
 
-def _running_frames() -> Iterator[_CheckpointFrame]:
+def running_frames() -> Iterator[_CheckpointFrame]:
     """The frame of the non-reentrant checkpoint whose forward is running: it is where tensors are now saved."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: FBT003, SLF001
     cells = getattr(hooks[0], "__closure__", None) or () if hooks else ()
