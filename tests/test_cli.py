@@ -232,6 +232,22 @@ def test_a_preview_that_fails_does_not_cost_the_run(tmp_path, file):
     assert f"{file}:26: IndexError" in (tmp_path / "a" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ("torch.randn(12, 5000)", "data:image/png"),  # long and low: a series, or the frames of a sound
+        ("__import__('numpy').array(['a', 'b'])", ""),
+        ("__import__('numpy').ones((9, 9), dtype=complex)", ""),
+        ("torch.eye(6).to_sparse()", "NotImplementedError"),
+        ("'a' + chr(0xd800)", "a?"),  # what Python reads of a file in another encoding
+    ],
+)
+def test_previews_of_any_kind_do_not_cost_the_run(tmp_path, file, content, shown):
+    edited(file, "per_sample_loss, ", f"per_sample_loss, preview=lambda item: {content}, ")
+    assert main(["score", str(file), "--out", "a"]) == 0
+    assert shown in (tmp_path / "a" / "report.html").read_text()
+
+
 # checkpoints
 
 

@@ -35,9 +35,12 @@ def preview(task: ScoreTask, index: int) -> Preview:
     try:
         with user_code("no preview"):
             item = task.dataset[index]
-            content = task.preview(item) if task.preview else _first_look(item)
+            return _shown(task.preview(item) if task.preview else _first_look(item))
     except InputError as error:
         return Preview(text=str(error))  # a report without pictures is better than none
+
+
+def _shown(content: object) -> Preview:
     if isinstance(content, str):
         return Preview(text=content if len(content) <= TEXT_LENGTH else content[: TEXT_LENGTH - 1] + "…")
     image = _as_image(content)
@@ -54,7 +57,7 @@ def _first_look(item: object) -> object:
 
 def _as_image(content: object) -> Tensor | None:
     """The content as `(c, h, w)` with values from 0 to 1, where it has the shape of an image."""
-    if isinstance(content, np.ndarray):
+    if isinstance(content, np.ndarray) and content.dtype.kind in "buif":
         content = torch.from_numpy(np.ascontiguousarray(content))
     if not isinstance(content, Tensor) or content.ndim not in (2, 3) or content.is_complex():
         return None
@@ -70,7 +73,9 @@ def _scaled(image: Tensor) -> Tensor:
     low, high = image.amin(), image.amax()
     image = ((image - low) / (high - low).clamp(min=1e-12)).nan_to_num()
     shrink = LARGEST_SIDE / max(image.shape[1:])
-    return image if shrink >= 1 else F.interpolate(image[None], scale_factor=shrink, mode="area")[0]
+    if shrink >= 1:
+        return image
+    return F.interpolate(image[None], size=[max(1, round(side * shrink)) for side in image.shape[1:]], mode="area")[0]
 
 
 def _data_uri(image: Tensor) -> str:
