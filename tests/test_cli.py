@@ -164,6 +164,21 @@ def test_the_report_is_one_file_and_escapes_what_it_shows(tmp_path, file):
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", report)
 
 
+def test_names_are_shown_as_they_are(file, capsys):
+    edited(file, '["<b>", "cat", "dog"]', '["[/b]", "[red]x", ":smile:"], name=__import__("pathlib").Path("[i]")')
+    assert main(["score", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("[/b]", "[red]x", ":smile:", "[i]"))
+
+
+def test_names_that_the_terminal_cannot_show(file):
+    edited(file, '["<b>", "cat", "dog"]', '["<b>", "猫", chr(0xd800)]')
+    command = [sys.executable, "-c", "import sys; from samplewise.cli.main import main; sys.exit(main())", "score", str(file)]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    run = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+
+
 def test_json_is_all_there_is_on_stdout(file, capsys):
     edited(file, "def setup():", "print('imported')\ndef setup():\n    print('called')")
     assert main(["score", str(file), "--json", "--top", "3", "--rank-by", "loss"]) == 0

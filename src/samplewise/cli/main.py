@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from samplewise import __version__
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     options = ScoreOptions(**vars(parser().parse_args(argv)))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # names need not fit the terminal's encoding
     try:
         require(*EXTRAS)
         return int(import_module(".score", __package__).run(options))

@@ -12,12 +12,12 @@ WIDTH = 110  # where stdout is no terminal
 
 def show(summary: Summary, scores: ScoreTable) -> None:
     """Print the summary on stdout."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=WIDTH)
+        console = _console(WIDTH)
     share = summary.top_share
-    console.print(f"\n{summary.name}: {summary.samples:,} samples", style="bold", markup=False)
-    console.print(f"  parameters  {summary.coverage.describe()}", markup=False)
+    console.print(f"\n{summary.name}: {summary.samples:,} samples", style="bold")
+    console.print(f"  parameters  {summary.coverage.describe()}")
     console.print(
         f"  top 1 %     {share.samples:,} of {summary.samples:,} samples hold {share.norm:.1%} of the summed gradient "
         f"norms, {share.squared_norm:.1%} of the summed squared norms\n"
@@ -27,7 +27,7 @@ def show(summary: Summary, scores: ScoreTable) -> None:
     if summary.detection:
         console.print(_detection(summary))
     for kind, path in summary.files.items():
-        console.print(f"  {kind:<8}{path}", markup=False)
+        console.print(f"  {kind:<8}{path}")
 
 
 def suspect_cells(suspect: Suspect, scores: ScoreTable) -> dict[str, str]:
@@ -44,6 +44,11 @@ def suspect_cells(suspect: Suspect, scores: ScoreTable) -> dict[str, str]:
     if suspect.known_mislabelled is not None:
         cells["known wrong"] = "yes" if suspect.known_mislabelled else "no"
     return cells
+
+
+def _console(width: int | None = None) -> Console:
+    # Names of classes and files are the user's: nothing in them is markup.
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
 
 
 def _quantiles(summary: Summary) -> Table:

@@ -82,7 +82,7 @@ def _with_contents(options: ScoreOptions, directory: RunDirectory, facts: Facts,
         _note("reading the same item twice gave two values: scores will depend on the data set's random draws")
     if "contents" in facts:
         refuse_changes(directory.path, facts["contents"], contents)
-    facts = {**facts, "name": task.name or options.target, "contents": contents}
+    facts = {**facts, "name": str(task.name or options.target), "contents": contents}
     directory.write_facts(facts)
     return facts
 
