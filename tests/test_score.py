@@ -236,6 +236,28 @@ def test_a_prefix_that_covers_nothing():
         group_parameters(NAMES, prefixes=["ne", "c"])
 
 
+def test_other_is_what_no_prefix_covers():
+    assert list(group_parameters(["other.w"], prefixes=["other"])) == ["other"]
+    with pytest.raises(ScoringError, match="'other' is the group of what no prefix covers"):
+        group_parameters(["other.w", "a.w"], prefixes=["other"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"head": ("4.weight", "4.bias")}, r"0.weight, 0.bias, 1.weight ... \(in no group\)"),
+        (
+            {**group_parameters(["0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"]), "b": ("4.bias",)},
+            "in several",
+        ),
+        ({"head": ("5.weight",)}, r"5.weight \(no trainable parameter\)"),
+    ],
+)
+def test_groups_must_hold_every_parameter_once(groups, message):
+    with pytest.raises(ScoringError, match=message):
+        score(make_task(), groups=groups)
+
+
 def test_equal_values_keep_their_order():
     assert rank(torch.tensor([1.0, 2.0, 1.0, 2.0])).tolist() == [1, 3, 0, 2]
 

@@ -1,5 +1,6 @@
 """Which parameters are reported together."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .task import ScoringError
@@ -21,7 +22,7 @@ def group_parameters(names: Iterable[str], *, depth: int | None = None, prefixes
         `{group: names}`, every name in exactly one group, in order of appearance.
 
     Raises:
-        ScoringError: if a prefix covers no parameter.
+        ScoringError: if a prefix covers no parameter, or is "other" and something is left for the group of that name.
 
     Example:
         >>> group_parameters(["conv.weight", "conv.bias", "head.weight"])
@@ -37,6 +38,22 @@ def group_parameters(names: Iterable[str], *, depth: int | None = None, prefixes
     return next((groups for groups in candidates if len(groups) > 1), candidates[0])
 
 
+def require_partition(groups: Groups, names: Sequence[str]) -> None:
+    """Raise unless every name is in exactly one group: the norm over all parameters is made of the groups' norms."""
+    given = Counter(name for members in groups.values() for name in members)
+    problems = {
+        "in no group": [name for name in names if name not in given],
+        "in several": [name for name, times in given.items() if times > 1],
+        "no trainable parameter": [name for name in given if name not in names],
+    }
+    found = [f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} ({what})" for what, wrong in problems.items() if wrong]
+    if found:
+        raise ScoringError(
+            f"parameter groups: every trainable parameter belongs in exactly one, not so for {'; '.join(found)}. "
+            "group_parameters(names, prefixes=[...]) puts the rest in a group of its own."
+        )
+
+
 def _by_depth(names: list[str], depth: int) -> Groups:
     return _collect((".".join(name.split(".")[:depth]), name) for name in names)
 
@@ -46,6 +63,8 @@ def _by_prefix(names: list[str], prefixes: Sequence[str]) -> Groups:
         covering = (prefix for prefix in prefixes if name == prefix or name.startswith(f"{prefix}."))
         return max(covering, key=len, default=REST)
 
+    if REST in prefixes and any(group(name) == REST != name.split(".")[0] for name in names):
+        raise ScoringError(f"parameter groups: '{REST}' is the group of what no prefix covers; name its parts, or give a depth")
     groups = _collect((group(name), name) for name in names)
     empty = [prefix for prefix in prefixes if prefix not in groups]
     if empty:

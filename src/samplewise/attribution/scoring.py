@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 import samplewise as sw
 
 from .coverage import Coverage, coverage_of
-from .groups import Groups, group_parameters
+from .groups import Groups, group_parameters, require_partition
 from .task import ScoreTask, ScoringError, labels_of
 
 
@@ -69,7 +69,7 @@ def score(
         task: the model, data set and per-sample loss.
         batch_size: samples per backward pass; scores do not depend on it.
         device: where the model runs. The model stays there.
-        groups: `{group: parameter names}`, see `group_parameters`.
+        groups: `{group: parameter names}`, every trainable parameter in exactly one, see `group_parameters`.
 
     Returns:
         `{column: (samples,)}` on the CPU: `index`, `loss`, `grad_norm`, `grad_norm.<group>` and, when the loss returns
@@ -109,7 +109,7 @@ def score_batches(
         stop: one past the last sample; default: all.
         batch_size: samples per backward pass; scores do not depend on it.
         device: where the model runs. The model stays there.
-        groups: `{group: parameter names}`, see `group_parameters`.
+        groups: `{group: parameter names}`, every trainable parameter in exactly one, see `group_parameters`.
         num_workers: processes that read the data.
 
     Yields:
@@ -125,6 +125,7 @@ def score_batches(
     indices = range(len(task.dataset))[start:stop]
     model = task.model.to(device)
     groups = groups or group_parameters(trainable(model))
+    require_partition(groups, trainable(model))
     loader: DataLoader[object] = DataLoader(
         Subset(task.dataset, indices),  # type: ignore[arg-type]
         batch_size=batch_size,
