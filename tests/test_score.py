@@ -135,6 +135,9 @@ def nan_at_four_and_nine(model, batch):
     return torch.where((batch[0] == data()[4][0]).all(1) | (batch[0] == data()[9][0]).all(1), torch.nan, losses)
 
 
+STRANGER = network().eval()
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -146,6 +149,8 @@ def nan_at_four_and_nine(model, batch):
         (nan_at_four_and_nine, "losses must be finite, not so for samples 4, 9$"),
         (lambda model, batch: (cross_entropy(model, batch)[0], model(batch[0])[:, 0]), r"logits of shape \(11,\)"),
         (lambda model, batch: (cross_entropy(model, batch)[0], 3), "got int for the logits"),
+        (lambda model, batch: (cross_entropy(model, batch)[0], model(batch[0]) / 0), r"softmax\(logits\), must be finite"),
+        (lambda model, batch: cross_entropy(STRANGER, batch), "reach no trainable parameter of ScoreTask.model"),
         # the square root has no finite gradient at zero
         (lambda model, batch: (model(batch[0]) * 0).sum(1).sqrt(), "gradient norms of '0' must be finite"),
     ],
@@ -159,12 +164,31 @@ def test_losses_that_cannot_be_scored(loss, message):
     ("labels", "message"),
     [
         (lambda batch: batch[0], "labels must be integers of shape"),
+        (lambda batch: batch[1].tolist(), "must return a tensor of integers .n,., got list"),
         (lambda batch: batch[1] - 1, r"labels must lie in 0 ... 2; not so for samples 0, 3, 6, 9"),
     ],
 )
 def test_labels_that_cannot_be_scored(labels, message):
     with pytest.raises(ScoringError, match=message):
         score(make_task(labels=labels))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_logits_of_some_batches_only(first):
+    def loss(model, batch):
+        losses, logits = cross_entropy(model, batch)
+        return (losses, logits) if batch[1][0] == first else losses
+
+    with pytest.raises(ScoringError, match="logits for every batch or for none"):
+        score(make_task(loss), batch_size=4)
+
+
+def test_classes_that_are_ruled_out_have_no_probability():
+    def loss(model, batch):
+        losses, logits = cross_entropy(model, batch)
+        return losses, torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], 1)
+
+    torch.testing.assert_close(score(make_task(loss))["el2n"], score(make_task())["el2n"])
 
 
 def test_logits_without_labels():

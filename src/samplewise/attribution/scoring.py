@@ -132,10 +132,15 @@ def score_batches(
         num_workers=num_workers,
         collate_fn=task.collate_fn or collate,
     )
+    classifier: bool | None = None
     with evaluation(model):
         for number, batch in enumerate(loader):
             members = indices[number * batch_size : (number + 1) * batch_size]
-            yield score_batch(task, move(batch, device), members, groups)
+            scores = score_batch(task, move(batch, device), members, groups)
+            if classifier not in (None, scores.classes is not None):
+                raise ScoringError("per_sample_loss must return logits for every batch or for none")
+            classifier = scores.classes is not None
+            yield scores
 
 
 def score_batch(task: ScoreTask, batch: object, indices: range, groups: Groups) -> BatchScores:
@@ -143,12 +148,18 @@ def score_batch(task: ScoreTask, batch: object, indices: range, groups: Groups) 
     with sw.record(task.model, batch_size=len(indices)) as rec:
         losses, logits = _losses_and_logits(task.per_sample_loss(task.model, batch), indices)
         rec.backward(losses)
+    coverage = coverage_of(rec, task.model)
+    if not coverage.share:
+        raise ScoringError(
+            "per_sample_loss: the losses reach no trainable parameter of ScoreTask.model, whose gradients are all zero. "
+            "Does the loss use another model than the one it is given?"
+        )
     norms = {name: norm.detach().double().cpu() for name, norm in rec.norms(by="parameter").items()}
     group_norms = {group: joint_norm([norms[name] for name in names]) for group, names in groups.items()}
     for group, values in group_norms.items():
         _require_finite(f"gradient norms of '{group}'", values, indices)
     classes = None if logits is None else _class_scores(logits, labels_of(task, batch), indices)
-    return BatchScores(indices.start, losses.detach().double().cpu(), group_norms, classes, coverage_of(rec, task.model))
+    return BatchScores(indices.start, losses.detach().double().cpu(), group_norms, classes, coverage)
 
 
 def joint_norm(norms: list[Tensor]) -> Tensor:
@@ -248,6 +259,7 @@ def _class_scores(logits: Tensor, labels: Tensor, indices: range) -> ClassScores
     probabilities = logits.softmax(1)
     probability, prediction = probabilities.max(1)
     el2n = (probabilities - F.one_hot(labels, classes)).norm(dim=1)
+    _require_finite("probabilities, softmax(logits),", el2n, indices)
     return ClassScores(el2n.cpu(), labels.cpu(), prediction.cpu(), probability.cpu())
 
 

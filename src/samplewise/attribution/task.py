@@ -110,7 +110,10 @@ def as_score_task(value: object) -> ScoreTask:
 def labels_of(task: ScoreTask, batch: object) -> Tensor:
     """Class labels of a batch, as the task or the usual places give them: `(n,)`, unchecked."""
     if task.labels is not None:
-        return task.labels(batch)
+        labels = task.labels(batch)
+        if not isinstance(labels, Tensor):
+            raise ScoringError(f"ScoreTask(labels=...) must return a tensor of integers (n,), got {_kind(labels)}")
+        return labels
     found: object = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
