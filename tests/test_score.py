@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from samplewise.attribution import (
     ScoreTask,
@@ -204,11 +204,20 @@ def test_items_of_different_sizes_ask_for_a_collate_function():
         score(make_task(dataset=items))
 
 
+class Stream(IterableDataset):
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(data())
+
+
 @pytest.mark.parametrize(
     ("model", "dataset", "loss", "message"),
     [
         ("no model", [1], cross_entropy, "model must be a torch.nn.Module, got str"),
         (nn.Linear(1, 1), iter([1]), cross_entropy, "dataset must be map-style"),
+        (nn.Linear(1, 1), Stream(), cross_entropy, "dataset must be map-style"),
         (nn.Linear(1, 1), [], cross_entropy, "data set is empty"),
         (nn.Linear(1, 1), [1], None, "per_sample_loss must be a function"),
         (nn.Linear(1, 1).requires_grad_(False), [1], cross_entropy, "no parameter of the model has requires_grad"),
@@ -217,6 +226,35 @@ def test_items_of_different_sizes_ask_for_a_collate_function():
 def test_tasks_that_cannot_be_scored(model, dataset, loss, message):
     with pytest.raises(ScoringError, match=message):
         ScoreTask(model, dataset, loss)
+
+
+MASK = torch.arange(11) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": torch.arange(11)}, "labels must be a function, got Tensor"),
+        ({"collate_fn": 1}, "collate_fn must be a function, got int"),
+        ({"preview": "text"}, "preview must be a function, got str"),
+        ({"class_names": {1: "b", 0: "a"}}, "class_names must be a sequence.*got dict"),
+        ({"class_names": {"b", "a"}}, "class_names must be a sequence.*got set"),
+        ({"known_mislabelled": MASK}, "got truth values: give mask.nonzero"),
+        ({"known_mislabelled": MASK.numpy()}, "got truth values"),
+        ({"known_mislabelled": MASK.tolist()}, "got truth values"),
+        ({"known_mislabelled": [3, 11]}, r"known_mislabelled must lie in 0 ... 10, not so for 11"),
+        ({"known_mislabelled": [-1]}, "not so for -1"),
+    ],
+)
+def test_options_of_a_task_that_are_of_the_wrong_kind(options, message):
+    with pytest.raises(ScoringError, match=message):
+        make_task(**options)
+
+
+@pytest.mark.parametrize("known", [{1, 2}, range(1, 3), torch.tensor([1, 2]), torch.tensor([1, 2]).numpy(), (1, 2)])
+def test_known_errors_in_any_collection(known):
+    make_task(known_mislabelled=known)
+    assert detection(torch.tensor([0.1, 0.9, 0.2]), known).recall == 1
 
 
 def test_any_object_with_the_attributes_is_a_task():
@@ -299,3 +337,25 @@ def test_detection_counts_hits_among_the_first():
     found = detection(torch.tensor([0.9, 0.8, 0.7, 0.1]), [0, 2])
     assert (found.known, found.found, found.precision, found.recall) == (2, 1, 0.5, 0.5)
     assert found.average_precision == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rank(torch.tensor([0.0, torch.nan])), "value of sample 1 is not a number"),
+        (lambda: top_share(torch.tensor([1.0, torch.nan])), "finite and not negative"),
+        (lambda: top_share(torch.tensor([1.0, torch.inf])), "finite and not negative"),
+        (lambda: top_share(torch.tensor([])), "one sample or more"),
+        (lambda: top_share(torch.ones(2), 2.0), "between 0 and 1, got 2.0"),
+        (lambda: detection(torch.ones(3), []), "nothing to find"),
+        (lambda: detection(torch.ones(3), [False, True, False]), "got truth values"),
+        (lambda: detection(torch.ones(3), [-1]), "must lie in 0 ... 2, not so for -1"),
+    ],
+)
+def test_figures_of_values_that_give_none(call, message):
+    with pytest.raises(ScoringError, match=message):
+        call()
+
+
+def test_the_top_is_as_large_as_its_fraction():
+    assert [top_share(torch.ones(100), fraction).samples for fraction in (0.0, 0.07, 0.29, 0.291, 1.0)] == [1, 7, 29, 30, 100]

@@ -7,6 +7,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from .task import ScoringError, sample_indices
+
 # Scores a sample can be ranked by, best at finding wrong labels first. Of the embedded example's 90, over seeds 0 to 4,
 # the first 90 by EL2N hold 83.4 on average, by loss 82.8, by gradient norm 81.8.
 RANKINGS = ("el2n", "loss", "grad_norm")
@@ -43,10 +45,15 @@ def default_ranking(scores: dict[str, Tensor]) -> str:
 def rank(values: Tensor) -> Tensor:
     """Sample indices from the highest value down, `(n,)`; equal values keep data set order.
 
+    Raises:
+        ScoringError: if a value is not a number.
+
     Example:
         >>> rank(torch.tensor([1.0, 3.0, 2.0]))
         tensor([1, 2, 0])
     """
+    if values.isnan().any():
+        raise ScoringError(f"rank: the value of sample {int(values.isnan().nonzero()[0])} is not a number, it has no place")
     return values.argsort(descending=True, stable=True)
 
 
@@ -57,11 +64,19 @@ def top_share(norms: Tensor, fraction: float = 0.01) -> TopShare:
         norms: per-sample gradient norms `(n,)`.
         fraction: between 0 and 1.
 
+    Raises:
+        ScoringError: if there are no norms, one of them is negative or not finite, or the fraction is none.
+
     Example:
         >>> top_share(torch.tensor([3.0, 1.0, 1.0, 1.0])).squared_norm
         0.75
     """
-    count = max(1, ceil(fraction * len(norms)))
+    if not len(norms) or not (norms.isfinite() & (norms >= 0)).all():
+        raise ScoringError("top_share: expected the norms of one sample or more, finite and not negative")
+    if not 0 <= fraction <= 1:
+        raise ScoringError(f"top_share: fraction must lie between 0 and 1, got {fraction}")
+    # Products such as 0.07 * 100 lie a little above the number they mean.
+    count = max(1, ceil(round(fraction * len(norms), 6)))
     largest = norms.double().sort(descending=True).values
     return TopShare(count, _share(largest, count), _share(largest**2, count))
 
@@ -73,12 +88,17 @@ def detection(values: Tensor, mislabelled: Collection[int]) -> Detection:
         values: a score `(n,)`, higher is more suspect.
         mislabelled: indices of the samples whose label is known to be wrong, at least one.
 
+    Raises:
+        ScoringError: if there are none, or one is not an index of the values.
+
     Example:
         >>> detection(torch.tensor([0.1, 0.9, 0.8]), [1]).recall
         1.0
     """
     wrong = torch.zeros(len(values), dtype=torch.bool)
-    wrong[list(mislabelled)] = True
+    wrong[sample_indices(mislabelled, len(values))] = True
+    if not wrong.any():
+        raise ScoringError("detection: no sample is known to be mislabelled, so there is nothing to find")
     known = int(wrong.sum())
     hits = wrong[rank(values)].double()
     found = int(hits[:known].sum())

@@ -1,10 +1,14 @@
 """What a user hands over to have training samples scored: the model, the data set and the loss of each sample."""
 
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from samplewise import SamplewiseError
 
@@ -45,7 +49,8 @@ class ScoreTask:
         name: the title of the report. Default: where the task comes from.
 
     Raises:
-        ScoringError: if an attribute is of the wrong kind, the data set is empty or no parameter is trainable.
+        ScoringError: if an attribute is of the wrong kind, the data set is empty, no parameter is trainable or a sample
+            known to be mislabelled is not in the data set.
 
     Example:
         >>> def per_sample_loss(model, batch):
@@ -69,7 +74,7 @@ class ScoreTask:
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise ScoringError(f"ScoreTask: model must be a torch.nn.Module, got {_kind(self.model)}")
-        if not isinstance(self.dataset, MapDataset):
+        if not isinstance(self.dataset, MapDataset) or isinstance(self.dataset, IterableDataset):
             raise ScoringError(
                 f"ScoreTask: dataset must be map-style (have __len__ and __getitem__), got {_kind(self.dataset)}. "
                 "Read an iterable data set into a list first."
@@ -78,10 +83,18 @@ class ScoreTask:
             raise ScoringError(
                 f"ScoreTask: per_sample_loss must be a function (model, batch) -> (n,), got {_kind(self.per_sample_loss)}"
             )
+        for name in ("labels", "collate_fn", "preview"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ScoringError(f"ScoreTask: {name} must be a function, got {_kind(getattr(self, name))}")
+        if isinstance(self.class_names, Mapping | AbstractSet):
+            raise ScoringError(
+                f"ScoreTask: class_names must be a sequence, the name of class k at place k, got {_kind(self.class_names)}"
+            )
         if len(self.dataset) == 0:
             raise ScoringError("ScoreTask: the data set is empty, there is nothing to score")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ScoringError("ScoreTask: no parameter of the model has requires_grad=True, so there is no gradient to score")
+        sample_indices(self.known_mislabelled, len(self.dataset))
 
 
 def as_score_task(value: object) -> ScoreTask:
@@ -107,6 +120,17 @@ def as_score_task(value: object) -> ScoreTask:
     return ScoreTask(**{name: item for name, item in found.items() if item is not absent})  # type: ignore[arg-type]
 
 
+def sample_indices(known: Collection[int], samples: int) -> Tensor:
+    """Indices of samples, checked: `(k,)`."""
+    indices = torch.tensor([operator.index(index) for index in known if not _is_bool(index)], dtype=torch.long)
+    if len(indices) < len(known):
+        raise ScoringError("known_mislabelled must be indices of samples, got truth values: give mask.nonzero() instead")
+    outside = indices[(indices < 0) | (indices >= samples)]
+    if len(outside):
+        raise ScoringError(f"known_mislabelled must lie in 0 ... {samples - 1}, not so for {int(outside[0])}")
+    return indices
+
+
 def labels_of(task: ScoreTask, batch: object) -> Tensor:
     """Class labels of a batch, as the task or the usual places give them: `(n,)`, unchecked."""
     if task.labels is not None:
@@ -125,6 +149,10 @@ def labels_of(task: ScoreTask, batch: object) -> Tensor:
             f"(batch[1], or one of the keys {', '.join(LABEL_KEYS)}). Give ScoreTask(labels=lambda batch: ...)."
         )
     return found
+
+
+def _is_bool(value: object) -> bool:
+    return getattr(value, "dtype", type(value)) in (bool, torch.bool)  # of Python, NumPy or PyTorch
 
 
 def _kind(value: object) -> str:
