@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from samplewise.cli.files import write_text
 from samplewise.cli.main import main
 
 SETUP = """
@@ -97,6 +99,12 @@ def refused(capsys, *arguments):
     assert captured.err.startswith("samplewise: ")
     assert captured.err.count("\n") == 1, captured.err
     return captured.err
+
+
+def refused_at_the_end(capsys, *arguments):
+    """Run a command that fails after its first words; its last line."""
+    assert main(["score", *map(str, arguments)]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 # the embedded example
@@ -412,13 +420,77 @@ def test_resume_with_another_source_model_or_data_is_refused(tmp_path, file, cap
     assert "another data (was y, is" in refused(capsys, file, "--out", "a", "--resume")
 
 
-def test_damaged_shards_are_noticed(tmp_path, file, capsys):
-    start(file)
+def renamed(shards):
+    shards[2].rename(shards[2].with_name("000000000008-000000000041.parquet"))
+
+
+def cut(shards):
+    shards[2].write_bytes(shards[2].read_bytes()[:100])
+
+
+def emptied(shards):
+    shards[2].write_bytes(b"")
+
+
+def removed(shards):
+    shards[2].unlink()
+
+
+@pytest.mark.parametrize("damage", [renamed, cut, emptied, removed])
+def test_samples_of_damaged_shards_are_scored_again(tmp_path, file, damage, capsys):
+    main(["score", str(file), "--out", "whole"])
+    start(file, "--batch-size", "4", "--save-every", "0")
+    damage(sorted(tmp_path.glob("a/.partial/*.parquet")))
     capsys.readouterr()
-    (shard,) = tmp_path.glob("a/.partial/*.parquet")
-    shard.rename(shard.with_name("000000000000-000000000041.parquet"))
+    assert main(["score", str(file), "--out", "a", "--resume"]) == 0
+    assert "their samples are scored again" in capsys.readouterr().err
+    assert facts(tmp_path / "a")["resumed_at_sample"] == 8
+    assert_same_scores(columns(tmp_path / "a"), columns(tmp_path / "whole"))
+
+
+def test_shards_that_change_during_the_run_are_noticed(tmp_path, file, monkeypatch, capsys):
+    start(file, "--batch-size", "4", "--save-every", "0")
+    monkeypatch.setattr("samplewise.cli.score.RunDirectory.drop_damaged", lambda directory: 0)
+    removed(sorted(tmp_path.glob("a/.partial/*.parquet")))
     main(["score", str(file), "--out", "a", "--resume"])
     assert "does not hold every sample exactly once" in capsys.readouterr().err
+
+
+def test_resume_without_the_shards_scores_all(tmp_path, file):
+    start(file)
+    shutil.rmtree(tmp_path / "a" / ".partial")
+    assert main(["score", str(file), "--out", "a", "--resume"]) == 0
+    assert columns(tmp_path / "a")["index"] == list(range(40))
+
+
+def test_a_finished_run_whose_files_are_damaged(tmp_path, file, capsys):
+    main(["score", str(file), "--out", "a"])
+    (tmp_path / "a" / "scores.parquet").write_bytes(b"")
+    capsys.readouterr()
+    assert "a/scores.parquet is gone, damaged or not of samplewise" in refused_at_the_end(
+        capsys, file, "--out", "a", "--resume"
+    )
+    (tmp_path / "a" / "run.yaml").write_bytes(b"\xff\xfe\xff")
+    assert "not of a run that can go on" in refused(capsys, file, "--out", "a", "--resume")
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((tmp_path / "a.txt").exists()))
+    write_text(tmp_path / "a.txt", "text")
+    assert synced == [False]
+
+
+def test_a_full_disk_leaves_no_half_file_and_the_run_goes_on_later(tmp_path, file, monkeypatch, capsys):
+    def full(table, path, **options):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pyarrow.parquet.write_table", full)
+        assert "No space left on device" in refused_at_the_end(capsys, file, "--out", "a")
+    assert not list(tmp_path.rglob("?*.partial"))
+    assert main(["score", str(file), "--out", "a", "--resume"]) == 0
 
 
 def test_two_runs_do_not_write_to_one_directory(tmp_path, file, capsys):

@@ -11,10 +11,15 @@ from .failures import InputError
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when the block ends well."""
+    """A name to write to, which becomes `path` when the block ends well and the disk holds what was written."""
     partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        with partial.open("r+b") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -87,6 +87,23 @@ class RunDirectory:
         index = shard.columns["index"]
         table.write(self.working / f"{int(index[0]):012d}-{int(index[-1]) + 1:012d}.parquet", shard)
 
+    def drop_damaged(self) -> int:
+        """Drop the shards from the first one on that is missing or damaged, so that their samples are scored again.
+
+        Returns:
+            How many were dropped.
+        """
+        self.working.mkdir(exist_ok=True)
+        shards, done = self._shards(), 0
+        for position, shard in enumerate(shards):
+            start, stop = map(int, shard.stem.split("-"))
+            if start != done or not _holds(shard, range(start, stop)):
+                for lost in shards[position:]:
+                    lost.unlink()
+                return len(shards) - position
+            done = stop
+        return 0
+
     def done(self) -> int:
         """How many samples are finished."""
         shards = self._shards()
@@ -125,12 +142,21 @@ class RunDirectory:
         """What run.yaml holds, if it is there and ours."""
         try:
             facts = yaml.safe_load(self.record.read_text(encoding="utf-8"))
-        except (FileNotFoundError, yaml.YAMLError):
+        except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
             return None
-        return facts if isinstance(facts, dict) and {"status", "settings"} <= facts.keys() else None
+        ours = isinstance(facts, dict) and "status" in facts and isinstance(facts.get("settings"), dict)
+        return facts if ours else None
 
     def _shards(self) -> list[Path]:
         return sorted(self.working.glob("*-*.parquet"))
+
+
+def _holds(shard: Path, samples: range) -> bool:
+    try:
+        index = table.read(shard).columns["index"]
+    except InputError:
+        return False
+    return torch.equal(index, torch.arange(samples.start, samples.stop))
 
 
 def refuse_changes(path: Path, before: Facts, now: Facts) -> None:

@@ -53,6 +53,8 @@ def _finished_run(options: ScoreOptions, directory: RunDirectory) -> tuple[Score
         directory.finish(facts)  # a kill may have left something to drop
         scores = table.read(directory.scores)
         return scores, _summarize(options, directory, scores, facts["name"])
+    if lost := directory.drop_damaged():
+        _note(f"{lost} files of scores are damaged, or one before them is missing: their samples are scored again")
     task = _load_task(options, directory)
     facts = _with_contents(options, directory, facts, task)
     started, resumed_at = time.monotonic(), directory.done()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from samplewise.attribution import RANKINGS, BatchScores, Coverage
 
+from .failures import InputError
 from .files import atomically
 
 DESCRIPTIONS = {
@@ -89,9 +90,14 @@ def write(path: Path, table: ScoreTable) -> None:
 
 def read(path: Path) -> ScoreTable:
     """Read what `write` wrote."""
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+        notes = json.loads(table.schema.metadata[b"samplewise"])
+    except PermissionError:
+        raise  # nothing is wrong with the file
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is gone, damaged or not of samplewise; --overwrite starts again") from error
     columns = {name: torch.tensor(table[name].to_numpy()) for name in table.column_names}
-    notes = json.loads(table.schema.metadata[b"samplewise"])
     return ScoreTable(columns, Coverage(**notes["coverage"]), notes["class_names"])
 
 
