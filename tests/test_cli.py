@@ -351,7 +351,7 @@ def test_an_interruption_keeps_what_is_scored(tmp_path, file, capsys):
     edited(
         file,
         "    logits = model",
-        "    calls.append(1)\n    if len(calls) == 3: raise KeyboardInterrupt\n    logits = model",
+        "    calls.append(1)\n    if len(calls) == 7: raise KeyboardInterrupt\n    logits = model",
     )
     file.write_text("calls = []\n" + file.read_text())
     assert main(["score", str(file), "--out", "a", "--batch-size", "4"]) == 130

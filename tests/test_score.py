@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from samplewise.attribution import (
     ScoreTask,
@@ -189,6 +189,39 @@ def test_classes_that_are_ruled_out_have_no_probability():
         return losses, torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], 1)
 
     torch.testing.assert_close(score(make_task(loss))["el2n"], score(make_task())["el2n"])
+
+
+def sorted_batch(items):
+    return default_collate(sorted(items, key=lambda item: float(item[0][0])))
+
+
+def padded(items):
+    return nn.utils.rnn.pad_sequence([inputs for inputs, _ in items], batch_first=True)
+
+
+def mean_with_padding(model, batch):
+    return model[4:](batch.tanh()).square().mean((1, 2))
+
+
+UNEQUAL = [(torch.full((1 + place % 7, 8), 0.5, dtype=torch.float64), 0) for place in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (make_task(collate_fn=sorted_batch), "do not stay at their samples' places"),
+        (make_task(lambda model, batch: cross_entropy(model, batch)[0] / len(batch[0])), "among 8 samples and .* among 4"),
+        (make_task(mean_with_padding, UNEQUAL, collate_fn=padded), "padded length of the batch"),
+    ],
+)
+def test_losses_that_change_with_the_order_or_the_batch(task, message):
+    with pytest.raises(ScoringError, match=message):
+        score(task)
+    assert len(score(task, batch_size=1)["loss"]) == 11
+
+
+def test_random_losses_are_scored_as_they_are():
+    score(make_task(lambda model, batch: cross_entropy(model, batch)[0] * torch.rand(len(batch[0]))))
 
 
 def test_logits_without_labels():

@@ -1,6 +1,6 @@
 """Loss, gradient norm and, for classifiers, EL2N of every sample, in one pass over the data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import samplewise as sw
 
 from .coverage import Coverage, coverage_of
 from .groups import Groups, group_parameters, require_partition
+from .neighbours import probes, require_own
 from .task import ScoreTask, ScoringError, labels_of
 
 
@@ -76,7 +77,8 @@ def score(
         logits, `el2n`, `target`, `prediction`, `probability`.
 
     Raises:
-        ScoringError: if losses are not per sample or not finite, naming the samples.
+        ScoringError: if losses are not per sample or not finite, naming the samples; if those of a few samples change with
+            their order or their neighbours.
         SamplewiseError: if the model's gradients cannot be given to samples exactly.
 
     Example:
@@ -116,7 +118,8 @@ def score_batches(
         `BatchScores` of consecutive samples.
 
     Raises:
-        ScoringError: if losses are not per sample or not finite, naming the samples.
+        ScoringError: if losses are not per sample or not finite, naming the samples; if those of a few samples change with
+            their order or their neighbours.
 
     Example:
         >>> [batch.stop for batch in score_batches(task, batch_size=4)]
@@ -140,6 +143,8 @@ def score_batches(
             if classifier not in (None, scores.classes is not None):
                 raise ScoringError("per_sample_loss must return logits for every batch or for none")
             classifier = scores.classes is not None
+            if members.start == 0:
+                _require_own_losses(task, indices, batch_size, device)
             yield scores
 
 
@@ -160,6 +165,20 @@ def score_batch(task: ScoreTask, batch: object, indices: range, groups: Groups) 
         _require_finite(f"gradient norms of '{group}'", values, indices)
     classes = None if logits is None else _class_scores(logits, labels_of(task, batch), indices)
     return BatchScores(indices.start, losses.detach().double().cpu(), group_norms, classes, coverage)
+
+
+def _require_own_losses(task: ScoreTask, indices: range, batch_size: int, device: str | torch.device) -> None:
+    """Raise when the losses of a few samples change with their places or with the batch they are in."""
+    chosen = probes(indices, batch_size)
+    items = {index: task.dataset[index] for index in chosen}
+
+    def losses(members: list[int]) -> Tensor:
+        batch = (task.collate_fn or collate)([items[index] for index in members])
+        returned = task.per_sample_loss(task.model, move(batch, device))
+        return _losses_and_logits(returned, members)[0].detach().double().cpu()
+
+    if len(chosen) > 1:
+        require_own(losses(chosen), losses(chosen), losses(chosen[::-1]), losses(chosen[: max(2, len(chosen) // 2)]))
 
 
 def joint_norm(norms: list[Tensor]) -> Tensor:
@@ -210,7 +229,7 @@ def collate(items: list[Any]) -> object:
         ) from error
 
 
-def _losses_and_logits(returned: object, indices: range) -> tuple[Tensor, Tensor | None]:
+def _losses_and_logits(returned: object, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     losses, logits = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     n = len(indices)
     if not isinstance(losses, Tensor):
@@ -263,13 +282,13 @@ def _class_scores(logits: Tensor, labels: Tensor, indices: range) -> ClassScores
     return ClassScores(el2n.cpu(), labels.cpu(), prediction.cpu(), probability.cpu())
 
 
-def _require_finite(what: str, values: Tensor, indices: range) -> None:
+def _require_finite(what: str, values: Tensor, indices: Sequence[int]) -> None:
     finite = values.detach().isfinite()
     if not finite.all():
         raise ScoringError(f"{what} must be finite, not so for {_listed(~finite, indices)}")
 
 
-def _listed(chosen: Tensor, indices: range, most: int = 10) -> str:
+def _listed(chosen: Tensor, indices: Sequence[int], most: int = 10) -> str:
     members = [str(indices[position]) for position in chosen.nonzero()[:, 0].tolist()]
     more = f" and {len(members) - most} more" if len(members) > most else ""
     return f"sample{'s' if len(members) > 1 else ''} {', '.join(members[:most])}{more}"
