@@ -299,6 +299,28 @@ def test_checkpoints_that_do_not_fit(tmp_path, file, weights, capsys):
     assert "1.weight has shape (2, 2), expected (4, 30); missing 3.bias; unexpected more" in line
 
 
+def test_a_checkpoint_with_two_values_for_tied_weights(tmp_path, file, capsys):
+    edited(file, "nn.Tanh(), nn.Linear(4, 3)", "nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)")
+    file.write_text(
+        file.read_text().replace(
+            "    return ScoreTask(network()",
+            "    model = network()\n    model[3].weight = model[2].weight\n    return ScoreTask(model",
+        )
+    )
+    torch.manual_seed(0)
+    untied = nn.Sequential(nn.Flatten(), nn.Linear(30, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    torch.save(untied.state_dict(), tmp_path / "w.pt")
+    assert "it cannot take 2.weight" in refused(capsys, file, "--checkpoint", "w.pt")
+    untied[3].weight = untied[2].weight
+    torch.save(untied.state_dict(), tmp_path / "w.pt")
+    assert main(["score", str(file), "--checkpoint", "w.pt"]) == 0
+
+
+def test_a_text_is_no_checkpoint(tmp_path, file, capsys):
+    (tmp_path / "w.pt").write_text("hello")
+    assert "w.pt cannot be read" in refused(capsys, file, "--checkpoint", "w.pt")
+
+
 def test_pickled_code_is_never_run(tmp_path, file, capsys):
     torch.save({"weights": Evil()}, tmp_path / "w.pt")
     assert "Pickled code is never run" in refused(capsys, file, "--checkpoint", "w.pt")

@@ -25,7 +25,7 @@ def digest(path: Path) -> str:
 def load(model: nn.Module, path: Path) -> None:
     """Load every weight of the model from the file, or raise `InputError` naming those that do not fit."""
     found = _read(path)
-    own = model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     differing = [name for name in own if name in found and own[name].shape != found[name].shape]
     wrong = [f"{name} has shape {tuple(found[name].shape)}, expected {tuple(own[name].shape)}" for name in differing]
     given = {own[name].data_ptr() for name in own if name in found}
@@ -36,6 +36,14 @@ def load(model: nn.Module, path: Path) -> None:
     if problems:
         raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(found, strict=False)
+    # Tied weights have one value; a file that holds two of them is of another model.
+    other = [name for name in found if not _same(own[name], found[name])]
+    if other:
+        raise InputError(f"checkpoint {path} does not fit the model: {'; '.join(_listed('it cannot take', other))}")
+
+
+def _same(own: Tensor, found: Tensor) -> bool:
+    return torch.allclose(own, found.to(own.device, own.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -60,7 +68,7 @@ def _read_safetensors(path: Path) -> object:
 def _read_tensors_only(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError) as error:
         raise InputError(
             f"checkpoint {path} cannot be read, or holds more than tensors. Pickled code is never run: "
             "save model.state_dict() alone"
