@@ -1,5 +1,6 @@
 """The command `samplewise score`, from its arguments to its files."""
 
+import importlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +19,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from samplewise.attribution import score_batches
 from samplewise.cli.files import write_text
 from samplewise.cli.main import main
 
@@ -440,6 +443,68 @@ def test_resume_with_another_source_model_or_data_is_refused(tmp_path, file, cap
     assert "another model (was x, is" in refused(capsys, file, "--out", "a", "--resume")
     (tmp_path / "a" / "run.yaml").write_text(yaml.safe_dump({**run, "contents": {**run["contents"], "data": "y"}}))
     assert "another data (was y, is" in refused(capsys, file, "--out", "a", "--resume")
+
+
+@pytest.fixture
+def loss_elsewhere(tmp_path, file, monkeypatch):
+    """A set-up whose loss lies in a module it imports; a function that edits that module."""
+    edited(file, 'F.cross_entropy(logits, targets, reduction="none"), logits', "losses.own(logits, targets)")
+    file.write_text("import losses\n" + file.read_text())
+
+    def write(body):
+        (tmp_path / "losses.py").write_text(f"import torch\nimport torch.nn.functional as F\n\n{body}\n")
+        monkeypatch.delitem(sys.modules, "losses", raising=False)
+        importlib.invalidate_caches()
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return write
+
+
+OWN = 'def own(logits, targets): return F.cross_entropy(logits, targets, reduction="none"), logits'
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('"none")', '"none", label_smoothing=0.5)'),
+        ("(logits, targets,", "(logits, targets * 0,"),
+        (', reduction="none"), logits', ', reduction="none")'),  # another set of columns
+    ],
+)
+@pytest.mark.parametrize("batch_size", ["7", "64"])
+def test_resume_with_another_loss_in_an_imported_module_is_refused(
+    tmp_path, file, loss_elsewhere, change, batch_size, monkeypatch, capsys
+):
+    loss_elsewhere(OWN)
+    stop_after(monkeypatch, file, 5, "--batch-size", "4", "--save-every", "0")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("a/**/*") if path.is_file()}
+    loss_elsewhere(OWN.replace(*change))
+    line = refused_at_the_end(capsys, file, "--out", "a", "--resume", "--batch-size", batch_size)
+    assert "cannot resume a: scored again, sample" in line
+    assert "another --out" in line
+    assert "--overwrite" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("a/**/*") if path.is_file()} == kept
+    loss_elsewhere(OWN)
+    assert main(["score", str(file), "--out", "a", "--resume", "--batch-size", batch_size]) == 0
+
+
+def test_resume_of_random_losses_goes_on(file, loss_elsewhere, monkeypatch, capsys):
+    loss_elsewhere(OWN.replace('"none")', '"none") * torch.rand(len(logits))'))
+    stop_after(monkeypatch, file, 5, "--batch-size", "4", "--save-every", "0")
+    assert main(["score", str(file), "--out", "a", "--resume"]) == 0
+    assert "scoring the same samples twice gave two values" in capsys.readouterr().err
+
+
+def stop_after(monkeypatch, file, batches, *arguments):
+    """Leave a run in the directory a that was interrupted after a few batches."""
+
+    def first_batches(*given, **options):
+        yield from islice(score_batches(*given, **options), batches)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("samplewise.cli.score.score_batches", first_batches)
+        assert main(["score", str(file), "--out", "a", *arguments]) == 130
 
 
 def renamed(shards):

@@ -42,5 +42,12 @@ def require_own(once: Tensor, again: Tensor, backwards: Tensor, half: Tensor) ->
         )
 
 
+def alike(once: Tensor, again: Tensor) -> bool:
+    """Whether two scorings of the same samples agree but for rounding; integers have none."""
+    if not once.is_floating_point():
+        return torch.equal(once, again)
+    return _apart(once, again) <= TOLERANCE * float(once.abs().max())
+
+
 def _apart(first: Tensor, second: Tensor) -> float:
     return float(torch.linalg.vector_norm(first - second, ord=torch.inf))

@@ -58,6 +58,7 @@ def _finished_run(options: ScoreOptions, directory: RunDirectory) -> tuple[Score
     task = _load_task(options, directory)
     facts = _with_contents(options, directory, facts, task)
     started, resumed_at = time.monotonic(), directory.done()
+    _require_same_scores(options, directory, task)
     _score_rest(options, directory, task, facts["contents"]["samples"])
     scores = _with_known(directory.merged(), task)
     facts |= {"counts": _counts(scores), **_facts_of_run(options, started, resumed_at)}
@@ -89,24 +90,48 @@ def _with_contents(options: ScoreOptions, directory: RunDirectory, facts: Facts,
     return facts
 
 
-def _score_rest(options: ScoreOptions, directory: RunDirectory, task: ScoreTask, samples: int) -> None:
-    """Score the samples no shard holds yet, saving now and then and when interrupted."""
-    done, device = directory.done(), _device(options.device)
-    groups = _groups(options.groups, task)
-    unsaved: list[BatchScores] = []
-    saved_at = time.monotonic()
+def _require_same_scores(options: ScoreOptions, directory: RunDirectory, task: ScoreTask) -> None:
+    """Score the last kept samples again: what the loss imports, or data in between, may have changed since."""
+    done = directory.done()
+    if not done:
+        return
+    last = range(max(0, done - options.batch_size), done)
+    kept = {name: values[last.start :] for name, values in directory.merged().columns.items()}
+    first, second = (table.from_batches(list(_batches(options, task, last))).columns for _ in range(2))
+    random = table.differing(first, second)
+    if random:
+        _note(f"scoring the same samples twice gave two values of {', '.join(random)}: they depend on random draws")
+    changed = [name for name in table.differing(kept, first) if name not in random]
+    if changed:
+        raise InputError(
+            f"cannot resume {directory.path}: scored again, samples {last.start} ... {done - 1} have another "
+            f"{', '.join(changed)}. Has the loss, a module it imports, the data or the model changed? Nothing is lost: "
+            "--resume goes on once they are as they were; otherwise choose another --out, or start again with --overwrite"
+        )
+
+
+def _batches(options: ScoreOptions, task: ScoreTask, samples: range) -> Iterator[BatchScores]:
     batches = score_batches(
         task,
-        start=done,
-        stop=samples,
+        start=samples.start,
+        stop=samples.stop,
         batch_size=options.batch_size,
-        device=device,
-        groups=groups,
+        device=_device(options.device),
+        groups=_groups(options.groups, task),
         num_workers=options.num_workers,
     )
+    return _guarded(batches, options)
+
+
+def _score_rest(options: ScoreOptions, directory: RunDirectory, task: ScoreTask, samples: int) -> None:
+    """Score the samples no shard holds yet, saving now and then and when interrupted."""
+    done = directory.done()
+    unsaved: list[BatchScores] = []
+    saved_at = time.monotonic()
+    batches = _batches(options, task, range(done, samples))
     with progress("scoring", samples, done=done) as advance:
         try:
-            for batch in _guarded(batches, options):
+            for batch in batches:
                 unsaved.append(batch)
                 advance(batch.stop - batch.start)
                 if time.monotonic() - saved_at >= options.save_every:

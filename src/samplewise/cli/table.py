@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from samplewise.attribution import RANKINGS, BatchScores, Coverage
+from samplewise.attribution.neighbours import alike
 
 from .failures import InputError
 from .files import atomically
@@ -99,6 +100,13 @@ def read(path: Path) -> ScoreTable:
         raise InputError(f"{path} is gone, damaged or not of samplewise; --overwrite starts again") from error
     columns = {name: torch.tensor(table[name].to_numpy()) for name in table.column_names}
     return ScoreTable(columns, Coverage(**notes["coverage"]), notes["class_names"])
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Columns `{name: (n,)}` of the same samples that only one has, or whose values differ by more than rounding."""
+    # Which of two equal logits is the largest is rounding.
+    names = [name for name in {**first, **second} if name != "prediction"]
+    return [name for name in names if name not in first or name not in second or not alike(first[name], second[name])]
 
 
 def describe(column: str) -> str:
