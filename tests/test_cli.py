@@ -411,11 +411,11 @@ def test_resume_without_a_run_starts_one(tmp_path, file):
     assert len(columns(tmp_path / "a")["index"]) == 40
 
 
-def start(file, *arguments):
-    """Leave an unfinished run in the directory a."""
+def start(file, *arguments, out="a"):
+    """Leave an unfinished run in a directory."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("samplewise.cli.score.render", interrupted)
-        assert main(["score", str(file), "--out", "a", *arguments]) == 130
+        assert main(["score", str(file), "--out", out, *arguments]) == 130
 
 
 @pytest.mark.parametrize(
@@ -611,6 +611,36 @@ def test_a_directory_that_holds_a_run(file, tmp_path, capsys):
     assert "a already holds run.yaml, scores.parquet, report.html" in refused(capsys, file, "--out", "a")
     assert main(["score", str(file), "--out", "a", "--overwrite", "--limit", "5"]) == 0
     assert len(columns(tmp_path / "a")["index"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("import os, time", "import absent"),
+        ("return ScoreTask", "ScoreTask"),
+        ("model(inputs)", "model(input)"),
+        ('"none"', '"mean"'),
+    ],
+)
+def test_overwriting_with_a_task_that_cannot_be_scored_drops_nothing(tmp_path, file, old, new, capsys):
+    main(["score", str(file), "--out", "a"])
+    start(file, out="b")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("[ab]/**/*") if path.is_file()}
+    edited(file, old, new)
+    capsys.readouterr()
+    for directory in "ab":
+        refused(capsys, file, "--out", directory, "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("[ab]/**/*") if path.is_file()} == kept
+
+
+def test_the_example_that_overwrites_trains_its_own_model(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr("samplewise.cli.score.render", interrupted)
+        assert main(["score", "--epochs", "0", "--out", "a"]) == 130
+    assert "--checkpoint needs a target" in refused_at_the_end(capsys, "--checkpoint", __file__, "--out", "a", "--overwrite")
+    assert len(list(tmp_path.glob("a/.partial/*"))) > 1
+    assert main(["score", "--epochs", "1", "--out", "a", "--overwrite"]) == 0
+    assert "training: " in capsys.readouterr().err
 
 
 def test_foreign_files_are_left_alone(tmp_path, file, capsys):

@@ -20,8 +20,8 @@ CLASSES = 10
 FLIP_SEED = 0
 
 
-def task(*, seed: int, epochs: int, weights: Path) -> ScoreTask:
-    """The task, its network trained now or read from `weights`, where it is kept for a resumed run."""
+def task(*, seed: int, epochs: int, weights: Path | None) -> ScoreTask:
+    """The task, its network read from `weights`, where a run before kept them, or trained now."""
     require("sklearn")
     # The network is too small to gain from threads; on a busy machine they cost five times the time.
     torch.set_num_threads(1)
@@ -29,12 +29,11 @@ def task(*, seed: int, epochs: int, weights: Path) -> ScoreTask:
     given, flipped = flip(labels)
     torch.manual_seed(seed)
     model = network()
-    if weights.exists():
+    if weights is not None and weights.exists():
         _read_weights(model, weights)
     else:
         with progress("training", epochs * len(images)) as advance:
             train(model, images, given, epochs, advance)
-        _write_weights(model, weights)
     return ScoreTask(
         model,
         TensorDataset(images, given),
@@ -43,6 +42,14 @@ def task(*, seed: int, epochs: int, weights: Path) -> ScoreTask:
         known_mislabelled=flipped.tolist(),
         name="Handwritten digits, 5 % of the labels flipped",
     )
+
+
+def keep(model: nn.Module, weights: Path) -> None:
+    """Keep the trained weights for a resumed run."""
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    with atomically(weights) as partial:
+        save_file(model.state_dict(), partial)
 
 
 def load() -> tuple[Tensor, Tensor]:
@@ -103,10 +110,3 @@ def _read_weights(model: nn.Module, weights: Path) -> None:
     from safetensors.torch import load_file  # noqa: PLC0415
 
     model.load_state_dict(load_file(weights))
-
-
-def _write_weights(model: nn.Module, weights: Path) -> None:
-    from safetensors.torch import save_file  # noqa: PLC0415
-
-    with atomically(weights) as partial:
-        save_file(model.state_dict(), partial)

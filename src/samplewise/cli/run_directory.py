@@ -56,8 +56,8 @@ class RunDirectory:
         except OSError as error:
             raise InputError(f"cannot write to the directory {self.path}: {error.strerror}") from error
 
-    def begin(self, settings: Facts, *, resume: bool, overwrite: bool) -> Facts:
-        """Start a run, or go on with the one that is there.
+    def found(self, settings: Facts, *, resume: bool, overwrite: bool) -> Facts | None:
+        """The run that is there and goes on or is finished; None where one is to be started. Nothing is changed.
 
         Returns:
             What run.yaml holds: `status`, `settings` and, once known, the rest.
@@ -65,7 +65,7 @@ class RunDirectory:
         Raises:
             InputError: if a run is there that should neither be replaced nor continued, or cannot be.
         """
-        held, facts = self._held(), self._facts()
+        held, facts = self.held(), self._facts()
         if resume and facts is not None and (held or facts["settings"] == settings):
             refuse_changes(self.path, facts["settings"], settings)
             return facts
@@ -76,7 +76,25 @@ class RunDirectory:
                 f"{self.path} already holds {', '.join(held)}: go on with --resume, replace them with --overwrite, "
                 "or choose another --out"
             )
-        return self._start_anew(settings)
+        return None
+
+    def start(self, settings: Facts) -> Facts:
+        """Start a run in the place of the one that is there; what run.yaml holds."""
+        # run.yaml goes first: a kill in between leaves a directory that holds no run.
+        for path in (self.record, self.scores, self.report):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.working, ignore_errors=True)
+        self.working.mkdir()
+        facts = {"status": "running", "settings": settings}
+        self.write_facts(facts)
+        return facts
+
+    def held(self) -> list[str]:
+        """What a new start would destroy; a run that failed before its first score is worth nothing."""
+        held = [path.name for path in (self.record, self.scores, self.report) if path.exists()]
+        facts = self._facts()
+        failed_early = held == [self.record.name] and facts is not None and facts["status"] == "running" and not self.done()
+        return [] if failed_early else held
 
     def write_facts(self, facts: Facts) -> None:
         """Write run.yaml."""
@@ -120,23 +138,6 @@ class RunDirectory:
         """Mark the run as finished, then drop what is no longer needed."""
         self.write_facts({**facts, "status": "finished"})
         shutil.rmtree(self.working, ignore_errors=True)
-
-    def _held(self) -> list[str]:
-        """What a new start would destroy; a run that failed before its first score is worth nothing."""
-        held = [path.name for path in (self.record, self.scores, self.report) if path.exists()]
-        facts = self._facts()
-        failed_early = held == [self.record.name] and facts is not None and facts["status"] == "running" and not self.done()
-        return [] if failed_early else held
-
-    def _start_anew(self, settings: Facts) -> Facts:
-        # run.yaml goes first: a kill in between leaves a directory that holds no run.
-        for path in (self.record, self.scores, self.report):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self.working, ignore_errors=True)
-        self.working.mkdir()
-        facts = {"status": "running", "settings": settings}
-        self.write_facts(facts)
-        return facts
 
     def _facts(self) -> Facts | None:
         """What run.yaml holds, if it is there and ours."""

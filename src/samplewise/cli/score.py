@@ -47,42 +47,64 @@ def run(options: ScoreOptions) -> int:
 
 
 def _finished_run(options: ScoreOptions, directory: RunDirectory) -> tuple[ScoreTable, Summary]:
-    facts = directory.begin(fingerprint.settings(options), resume=options.resume, overwrite=options.overwrite)
-    if facts["status"] == "finished":
+    settings = fingerprint.settings(options)
+    facts = directory.found(settings, resume=options.resume, overwrite=options.overwrite)
+    if facts is not None and facts["status"] == "finished":
         _note(f"{directory.path} is finished, nothing is left to score")
         directory.finish(facts)  # a kill may have left something to drop
         scores = table.read(directory.scores)
         return scores, _summarize(options, directory, scores, facts["name"])
-    if lost := directory.drop_damaged():
+    if facts is not None and (lost := directory.drop_damaged()):
         _note(f"{lost} files of scores are damaged, or one before them is missing: their samples are scored again")
-    task = _load_task(options, directory)
-    facts = _with_contents(options, directory, facts, task)
+    task = _load_task(options, None if facts is None else _weights(directory))
+    contents = _contents(options, task)
+    if facts is None:
+        facts = _started(options, directory, settings, task, contents["samples"])
+    facts = _with_contents(options, directory, facts, task, contents)
     started, resumed_at = time.monotonic(), directory.done()
     _require_same_scores(options, directory, task)
-    _score_rest(options, directory, task, facts["contents"]["samples"])
+    _score_rest(options, directory, task, contents["samples"])
     scores = _with_known(directory.merged(), task)
     facts |= {"counts": _counts(scores), **_facts_of_run(options, started, resumed_at)}
     return scores, _write(options, directory, scores, task, facts)
 
 
-def _load_task(options: ScoreOptions, directory: RunDirectory) -> ScoreTask:
+def _load_task(options: ScoreOptions, weights: Path | None) -> ScoreTask:
+    """The task; of the embedded example with these weights, where they were kept."""
     if options.target is None:
         if options.checkpoint:
             raise InputError("--checkpoint needs a target FILE.py:FUNCTION: the embedded example trains its own model")
-        return digits.task(seed=options.seed, epochs=options.epochs, weights=directory.working / "model.safetensors")
+        return digits.task(seed=options.seed, epochs=options.epochs, weights=weights)
     task = setup_file.find(options.target).task(options.seed)
     if options.checkpoint:
         checkpoint.load(task.model, options.checkpoint)
     return task
 
 
-def _with_contents(options: ScoreOptions, directory: RunDirectory, facts: Facts, task: ScoreTask) -> Facts:
-    """Note what model and data hold, or see that they hold what they did when the run was started."""
-    samples = min(len(task.dataset), options.limit or len(task.dataset))
+def _started(options: ScoreOptions, directory: RunDirectory, settings: Facts, task: ScoreTask, samples: int) -> Facts:
+    """Start a run; one that is there is dropped only when the first batch of the new one can be scored."""
+    if directory.held():
+        next(_batches(options, task, range(samples)))
+    facts = directory.start(settings)
+    if options.target is None:
+        digits.keep(task.model, _weights(directory))
+    return facts
+
+
+def _weights(directory: RunDirectory) -> Path:
+    return directory.working / "model.safetensors"
+
+
+def _contents(options: ScoreOptions, task: ScoreTask) -> Facts:
     with user_code("reading the data set failed"):
-        contents = fingerprint.contents(task, samples)
+        contents = fingerprint.contents(task, min(len(task.dataset), options.limit or len(task.dataset)))
     if contents["data"] == "random":
         _note("reading the same item twice gave two values: scores will depend on the data set's random draws")
+    return contents
+
+
+def _with_contents(options: ScoreOptions, directory: RunDirectory, facts: Facts, task: ScoreTask, contents: Facts) -> Facts:
+    """Note what model and data hold, or see that they hold what they did when the run was started."""
     if "contents" in facts:
         refuse_changes(directory.path, facts["contents"], contents)
     facts = {**facts, "name": str(task.name or options.target), "contents": contents}
