@@ -10,17 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import make_dataclass
 from itertools import islice
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from samplewise.attribution import score_batches
 from samplewise.cli.files import write_text
+from samplewise.cli.fingerprint import data_digest
 from samplewise.cli.main import main
 
 SETUP = """
@@ -585,6 +590,33 @@ def test_two_runs_do_not_write_to_one_directory(tmp_path, file, capsys):
     file.write_text(f"INNER = ['score', {str(file)!r}, '--out', 'a', '--overwrite']\n" + file.read_text())
     assert main(["score", str(file), "--out", "a"]) == 0
     assert "a is being written by another run of samplewise" in capsys.readouterr().err
+
+
+Item = make_dataclass("Item", ["label"])
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        np.int64,
+        lambda value: np.bool_(value - 1),
+        complex,
+        lambda value: {value},
+        lambda value: Item(torch.tensor(value)),
+        lambda value: Image.new("L", (3, 3), value),
+        lambda value: np.array([str(value), None], dtype=object),
+        lambda value: (torch.eye(3) * value).to_sparse(),
+        lambda value: (torch.eye(3) * value).to_sparse_csr(),
+        lambda value: torch.nested.nested_tensor([torch.ones(2), torch.ones(3) * value], layout=torch.jagged),
+        lambda value: torch.tensor([1j * value]).conj(),
+    ],
+)
+def test_the_fingerprint_takes_values_of_every_kind(item):
+    def digest(value):
+        return data_digest(SimpleNamespace(dataset=[item(value)]), [0])
+
+    assert digest(1) == digest(1)
+    assert digest(1) != digest(2)
 
 
 def test_random_data_is_pointed_out(file, capsys):

@@ -1,10 +1,13 @@
 """What has to be the same for a run to go on: options, weights and data."""
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, is_dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,17 @@ SHOWN = 12  # hexadecimal digits
 
 class _Hash(Protocol):
     def update(self, data: bytes, /) -> None: ...
+
+
+@runtime_checkable
+class _Array(Protocol):
+    def __array__(self) -> npt.NDArray[Any]: ...
+
+
+@runtime_checkable
+class _ArrayInterface(Protocol):
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
 
 
 def settings(options: ScoreOptions) -> Facts:
@@ -69,12 +83,9 @@ def _items_digest(task: ScoreTask, places: list[int]) -> str:
 
 def _add(digest: _Hash, value: object) -> None:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
+        _add_tensor(digest, value.detach())
+    elif isinstance(value, _Array | _ArrayInterface):
+        _add_array(digest, np.asarray(value))
     elif isinstance(value, Mapping):
         for key, item in value.items():
             _add(digest, key)
@@ -82,7 +93,38 @@ def _add(digest: _Hash, value: object) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _add(digest, item)
-    elif isinstance(value, str | bytes | int | float | None):
-        digest.update(repr(value).encode())
+    elif isinstance(value, AbstractSet):
+        _add(digest, sorted(_digest(item) for item in value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        _add(digest, [getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, str | bytes | int | float | complex | None):
+        digest.update(repr(value).encode(errors="surrogatepass"))
     else:
         digest.update(type(value).__qualname__.encode())
+
+
+def _add_tensor(digest: _Hash, value: Tensor) -> None:
+    digest.update(f"{value.dtype} {value.layout}".encode())
+    if value.is_nested:
+        _add(digest, list(value.unbind()))
+    elif value.layout != torch.strided:
+        value = value.to_sparse().coalesce()
+        _add(digest, [tuple(value.shape), value.indices(), value.values()])
+    else:
+        value = value.cpu().resolve_conj().resolve_neg().contiguous()
+        digest.update(f"{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _add_array(digest: _Hash, value: npt.NDArray[Any]) -> None:
+    digest.update(f"{value.dtype} {value.shape}".encode())
+    if value.dtype.hasobject:  # its bytes are addresses
+        _add(digest, value.ravel().tolist())
+    else:
+        digest.update(np.ascontiguousarray(value).tobytes())
+
+
+def _digest(value: object) -> str:
+    digest = sha256()
+    _add(digest, value)
+    return digest.hexdigest()
