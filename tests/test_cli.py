@@ -771,7 +771,18 @@ def test_a_checkpoint_needs_a_target(capsys):
     assert "--checkpoint needs a target" in refused(capsys, "--checkpoint", __file__)
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--limit", "x"], ["--resume", "--overwrite"], ["--top", "-1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch-size", "0"],
+        ["--limit", "x"],
+        ["--resume", "--overwrite"],
+        ["--top", "-1"],
+        ["--seed", str(2**64)],
+        ["--groups", ""],
+        ["--groups", ","],
+    ],
+)
 def test_arguments_that_make_no_sense(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["score", *arguments])

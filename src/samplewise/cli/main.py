@@ -97,7 +97,7 @@ def _add_score_options(score: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--num-workers", type=_natural, default=0, metavar="N", help="processes that read the data (default: 0)")
     add("--limit", type=_positive, metavar="N", help="score the first N samples only")
-    add("--groups", metavar="DEPTH|A,B", help="parameter groups: depth of the module name, or module names")
+    add("--groups", type=_groups, metavar="DEPTH|A,B", help="parameter groups: depth of the module name, or module names")
     add("--rank-by", choices=("el2n", "loss", "grad_norm"), help="what makes a suspect (default: el2n, else grad_norm)")
     add(
         "--top",
@@ -106,7 +106,13 @@ def _add_score_options(score: argparse.ArgumentParser) -> None:
         metavar="N",
         help="suspects to list (default: 10; the report shows four times as many)",
     )
-    add("--seed", type=_natural, default=0, metavar="N", help="seed set before FUNCTION is called (default: 0)")
+    add(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="seed set before FILE.py is imported and before FUNCTION is called (default: 0)",
+    )
     add("--epochs", type=_natural, default=5, metavar="N", help="training of the embedded example (default: 5)")
     again = score.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
@@ -122,6 +128,19 @@ def _positive(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _at_least(text, 0)
+
+
+def _seed(text: str) -> int:
+    seed = _natural(text)
+    if seed >= 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2**64, got {text!r}")
+    return seed
+
+
+def _groups(text: str) -> str:
+    if not text.strip(" ,"):
+        raise argparse.ArgumentTypeError(f"expected a depth or names of modules, such as 2 or encoder,head; got {text!r}")
+    return text
 
 
 def _at_least(text: str, least: int) -> int:
