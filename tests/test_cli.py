@@ -619,6 +619,13 @@ def test_the_fingerprint_takes_values_of_every_kind(item):
     assert digest(1) != digest(2)
 
 
+def test_random_weights_of_the_module_are_the_same_on_resume(file, capsys):
+    edited(file, "def setup():", "MODEL = network()\n\ndef setup():")
+    file.write_text(file.read_text().replace("ScoreTask(network()", "ScoreTask(MODEL"))
+    start(file)
+    assert main(["score", str(file), "--out", "a", "--resume"]) == 0, capsys.readouterr().err
+
+
 def test_random_data_is_pointed_out(file, capsys):
     edited(file, "return TensorDataset(inputs,", "return Noisy(inputs,")
     noisy = """

@@ -32,7 +32,8 @@ class SetupFile:
         return sha256(self.path.read_bytes()).hexdigest()
 
     def task(self, seed: int) -> ScoreTask:
-        """Import the file, seed the generators, call the function, check what it returned."""
+        """Import the file, call the function, the generators seeded before both; check what it returned."""
+        seed_everything(seed)
         function = self._function()
         seed_everything(seed)
         with user_code(f"{self.function}() failed"):
