@@ -89,6 +89,21 @@ def test_training_flags_are_as_before():
     assert [module.training for module in task.model.modules()] == flags
 
 
+def in_training_mode(model, batch):
+    model.train()
+    returned = cross_entropy(model, batch)
+    model.eval()
+    return returned
+
+
+def test_a_loss_that_calls_the_model_in_training_mode():
+    with pytest.raises(ScoringError, match="evaluation mode, but the model is called in training"):
+        score(make_task(in_training_mode))
+    with pytest.raises(ScoringError, match="module '3' is called in training mode"):
+        score(make_task(lambda model, batch: cross_entropy(model, batch) if model[3].train() else None))
+    score(make_task())
+
+
 def test_no_gradient_is_left_on_the_model():
     task = make_task()
     score(task)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Subset, default_collate
 
@@ -151,7 +152,7 @@ def score_batches(
 def score_batch(task: ScoreTask, batch: object, indices: range, groups: Groups) -> BatchScores:
     """Score one batch: one forward, one backward, no gradient kept. `indices` are its samples in the data set."""
     with sw.record(task.model, batch_size=len(indices)) as rec:
-        losses, logits = _losses_and_logits(task.per_sample_loss(task.model, batch), indices)
+        losses, logits = _losses_and_logits(_evaluated(task, batch), indices)
         rec.backward(losses)
     coverage = coverage_of(rec, task.model)
     if not coverage.share:
@@ -174,8 +175,7 @@ def _require_own_losses(task: ScoreTask, indices: range, batch_size: int, device
 
     def losses(members: list[int]) -> Tensor:
         batch = (task.collate_fn or collate)([items[index] for index in members])
-        returned = task.per_sample_loss(task.model, move(batch, device))
-        return _losses_and_logits(returned, members)[0].detach().double().cpu()
+        return _losses_and_logits(_evaluated(task, move(batch, device)), members)[0].detach().double().cpu()
 
     if len(chosen) > 1:
         require_own(losses(chosen), losses(chosen), losses(chosen[::-1]), losses(chosen[: max(2, len(chosen) // 2)]))
@@ -227,6 +227,26 @@ def collate(items: list[Any]) -> object:
             f"the default collate cannot make a batch of these items ({reason}). "
             "Give ScoreTask(collate_fn=...), for example one that pads."
         ) from error
+
+
+def _evaluated(task: ScoreTask, batch: object) -> object:
+    """What the loss returns, or an error when it calls a module of the model in training mode."""
+    names = {module: name for name, module in task.model.named_modules()}
+
+    def refuse_training(module: nn.Module, _: object) -> None:
+        if module in names and module.training:
+            what = f"its module '{names[module]}'" if names[module] else "the model"
+            raise ScoringError(
+                f"per_sample_loss: samples are scored in evaluation mode, but {what} is called in training mode. "
+                "Does the loss call train()? Leave it out."
+            )
+
+    # For all modules, so that nothing is hung on those of the user.
+    handle = register_module_forward_pre_hook(refuse_training)
+    try:
+        return task.per_sample_loss(task.model, batch)
+    finally:
+        handle.remove()
 
 
 def _losses_and_logits(returned: object, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
