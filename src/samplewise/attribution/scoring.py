@@ -160,12 +160,12 @@ def score_batch(task: ScoreTask, batch: object, indices: range, groups: Groups) 
             "per_sample_loss: the losses reach no trainable parameter of ScoreTask.model, whose gradients are all zero. "
             "Does the loss use another model than the one it is given?"
         )
-    norms = {name: norm.detach().double().cpu() for name, norm in rec.norms(by="parameter").items()}
+    norms = {name: norm.detach().cpu().double() for name, norm in rec.norms(by="parameter").items()}
     group_norms = {group: joint_norm([norms[name] for name in names]) for group, names in groups.items()}
     for group, values in group_norms.items():
         _require_finite(f"gradient norms of '{group}'", values, indices)
     classes = None if logits is None else _class_scores(logits, labels_of(task, batch), indices)
-    return BatchScores(indices.start, losses.detach().double().cpu(), group_norms, classes, coverage)
+    return BatchScores(indices.start, losses.detach().cpu().double(), group_norms, classes, coverage)
 
 
 def _require_own_losses(task: ScoreTask, indices: range, batch_size: int, device: str | torch.device) -> None:
@@ -175,7 +175,7 @@ def _require_own_losses(task: ScoreTask, indices: range, batch_size: int, device
 
     def losses(members: list[int]) -> Tensor:
         batch = (task.collate_fn or collate)([items[index] for index in members])
-        return _losses_and_logits(_evaluated(task, move(batch, device)), members)[0].detach().double().cpu()
+        return _losses_and_logits(_evaluated(task, move(batch, device)), members)[0].detach().cpu().double()
 
     if len(chosen) > 1:
         require_own(losses(chosen), losses(chosen), losses(chosen[::-1]), losses(chosen[: max(2, len(chosen) // 2)]))
@@ -282,7 +282,7 @@ def _checked_logits(logits: object, n: int) -> Tensor | None:
             f"per_sample_loss returned logits of shape {tuple(logits.shape)}, expected ({n}, classes). "
             "Return the losses alone when the model is not a classifier."
         )
-    return logits.detach().double()
+    return logits.detach().cpu().double()
 
 
 def _class_scores(logits: Tensor, labels: Tensor, indices: range) -> ClassScores:
@@ -291,7 +291,7 @@ def _class_scores(logits: Tensor, labels: Tensor, indices: range) -> ClassScores
         raise ScoringError(
             f"labels must be integers of shape ({n},), got {labels.dtype} {tuple(labels.shape)}. Give ScoreTask(labels=...)."
         )
-    labels = labels.to(logits.device).long()
+    labels = labels.cpu().long()
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         raise ScoringError(f"labels must lie in 0 ... {classes - 1}; not so for {_listed(outside, indices)}")
@@ -299,7 +299,7 @@ def _class_scores(logits: Tensor, labels: Tensor, indices: range) -> ClassScores
     probability, prediction = probabilities.max(1)
     el2n = (probabilities - F.one_hot(labels, classes)).norm(dim=1)
     _require_finite("probabilities, softmax(logits),", el2n, indices)
-    return ClassScores(el2n.cpu(), labels.cpu(), prediction.cpu(), probability.cpu())
+    return ClassScores(el2n, labels, prediction, probability)
 
 
 def _require_finite(what: str, values: Tensor, indices: Sequence[int]) -> None:
