@@ -235,6 +235,16 @@ def test_losses_that_change_with_the_order_or_the_batch(task, message):
     assert len(score(task, batch_size=1)["loss"]) == 11
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_losses_near_zero_differ_by_rounding_alone(dtype):
+    def loss(model, batch):
+        last_digits = torch.linspace(-2, 2, len(batch[0]), dtype=dtype) * torch.finfo(dtype).eps
+        return (model(batch[0]) * 0).sum(1) + last_digits
+
+    inputs = torch.randn(11, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    score(ScoreTask(network().to(dtype), TensorDataset(inputs, torch.zeros(11)), loss))
+
+
 def test_random_losses_are_scored_as_they_are():
     score(make_task(lambda model, batch: cross_entropy(model, batch)[0] * torch.rand(len(batch[0]))))
 

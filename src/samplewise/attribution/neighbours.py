@@ -1,13 +1,15 @@
 """Whether a loss is its sample's own: at the sample's place, and the same among other samples."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .task import ScoringError
 
 PROBES = 8  # samples tried, at most
 # Of the largest loss: far above rounding between batches of different size, far below a mean over another number.
 TOLERANCE = 0.02
+# Losses near zero are rounding alone: in units of the last place of one, in the model's coarsest type.
+LAST_PLACES = 8
 
 
 def probes(samples: range, batch_size: int) -> list[int]:
@@ -16,7 +18,13 @@ def probes(samples: range, batch_size: int) -> list[int]:
     return [samples[k * (len(samples) - 1) // max(1, count - 1)] for k in range(count)]
 
 
-def require_own(once: Tensor, again: Tensor, backwards: Tensor, half: Tensor) -> None:
+def rounding(model: nn.Module) -> float:
+    """Differences of losses that mean nothing, however small the losses are."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return LAST_PLACES * max((torch.finfo(kind).eps for kind in types), default=0.0)
+
+
+def require_own(once: Tensor, again: Tensor, backwards: Tensor, half: Tensor, rounding: float) -> None:
     """Raise when losses do not follow their samples into other batches. Random losses, which differ anyway, tell nothing.
 
     Args:
@@ -24,8 +32,9 @@ def require_own(once: Tensor, again: Tensor, backwards: Tensor, half: Tensor) ->
         again: the same, computed again.
         backwards: losses of the same samples in the opposite order.
         half: losses of the first of them alone.
+        rounding: differences that mean nothing.
     """
-    allowed = TOLERANCE * float(once.abs().max())
+    allowed = max(TOLERANCE * float(once.abs().max()), rounding)
     if _apart(once, again) > allowed:
         return
     if _apart(once, backwards.flip(0)) > allowed:
@@ -42,11 +51,11 @@ def require_own(once: Tensor, again: Tensor, backwards: Tensor, half: Tensor) ->
         )
 
 
-def alike(once: Tensor, again: Tensor) -> bool:
+def alike(once: Tensor, again: Tensor, rounding: float) -> bool:
     """Whether two scorings of the same samples agree but for rounding; integers have none."""
     if not once.is_floating_point():
         return torch.equal(once, again)
-    return _apart(once, again) <= TOLERANCE * float(once.abs().max())
+    return _apart(once, again) <= max(TOLERANCE * float(once.abs().max()), rounding)
 
 
 def _apart(first: Tensor, second: Tensor) -> float:

@@ -16,7 +16,7 @@ import samplewise as sw
 
 from .coverage import Coverage, coverage_of
 from .groups import Groups, group_parameters, require_partition
-from .neighbours import probes, require_own
+from .neighbours import probes, require_own, rounding
 from .task import ScoreTask, ScoringError, labels_of
 
 
@@ -178,7 +178,8 @@ def _require_own_losses(task: ScoreTask, indices: range, batch_size: int, device
         return _losses_and_logits(_evaluated(task, move(batch, device)), members)[0].detach().cpu().double()
 
     if len(chosen) > 1:
-        require_own(losses(chosen), losses(chosen), losses(chosen[::-1]), losses(chosen[: max(2, len(chosen) // 2)]))
+        half = chosen[: max(2, len(chosen) // 2)]
+        require_own(losses(chosen), losses(chosen), losses(chosen[::-1]), losses(half), rounding(task.model))
 
 
 def joint_norm(norms: list[Tensor]) -> Tensor:

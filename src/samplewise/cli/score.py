@@ -13,6 +13,7 @@ import torch
 
 from samplewise import __version__
 from samplewise.attribution import BatchScores, Groups, ScoreTask, group_parameters, score_batches, trainable
+from samplewise.attribution.neighbours import rounding
 
 from . import checkpoint, digits, fingerprint, setup_file, table
 from .failures import InputError, user_code
@@ -120,10 +121,11 @@ def _require_same_scores(options: ScoreOptions, directory: RunDirectory, task: S
     last = range(max(0, done - options.batch_size), done)
     kept = {name: values[last.start :] for name, values in directory.merged().columns.items()}
     first, second = (table.from_batches(list(_batches(options, task, last))).columns for _ in range(2))
-    random = table.differing(first, second)
+    allowed = rounding(task.model)
+    random = table.differing(first, second, allowed)
     if random:
         _note(f"scoring the same samples twice gave two values of {', '.join(random)}: they depend on random draws")
-    changed = [name for name in table.differing(kept, first) if name not in random]
+    changed = [name for name in table.differing(kept, first, allowed) if name not in random]
     if changed:
         raise InputError(
             f"cannot resume {directory.path}: scored again, samples {last.start} ... {done - 1} have another "

@@ -102,11 +102,12 @@ def read(path: Path) -> ScoreTable:
     return ScoreTable(columns, Coverage(**notes["coverage"]), notes["class_names"])
 
 
-def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+def differing(first: dict[str, Tensor], second: dict[str, Tensor], rounding: float) -> list[str]:
     """Columns `{name: (n,)}` of the same samples that only one has, or whose values differ by more than rounding."""
     # Which of two equal logits is the largest is rounding.
     names = [name for name in {**first, **second} if name != "prediction"]
-    return [name for name in names if name not in first or name not in second or not alike(first[name], second[name])]
+    shared = first.keys() & second.keys()
+    return [name for name in names if name not in shared or not alike(first[name], second[name], rounding)]
 
 
 def describe(column: str) -> str:
