@@ -12,6 +12,7 @@ from .collecting import Shared, Source, leaves_of
 from .notes import Notes
 from .ownership import of_base
 from .remembered import CONSTANT
+from .running import unrecorded
 
 # said by the user: stays constant even as an argument of the model
 DECLARED_CONSTANT = "declared constant"
@@ -99,6 +100,19 @@ class Known:
         if isinstance(kind, str) and tensor.requires_grad and tensor.grad_fn is not None:
             return self._of_history(tensor)
         return kind
+
+    def _gradient_of(self, x: Tensor, grad: Tensor | None) -> Tensor | None:
+        """A gradient, noted to have its samples where its tensor has them, as far as nothing else is known of it."""
+        if grad is not None and self._kinds.get(grad) is None and isinstance(where := self.where(x), Axis | Lost):
+            self.declare(grad, where)
+        return grad
+
+    def gradient_on(self, axis: Axis, grad: Tensor) -> Tensor:
+        """A gradient on its way back, known to have its samples where the result has them that it is of."""
+        with unrecorded(graph=torch.is_grad_enabled()):
+            own = grad.view_as(grad)
+        self.declare(own, axis)
+        return own
 
     def _rewritten(self, tensor: Tensor, kind: Kind, change: Change) -> Kind:
         """What a tensor is whose memory was written to through another one."""

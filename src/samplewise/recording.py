@@ -406,12 +406,6 @@ class Recording(Known, TorchFunctionMode):
             else:
                 self._gradient_of(x, grad)
 
-    def _gradient_of(self, x: Tensor, grad: Tensor | None) -> Tensor | None:
-        """A gradient, noted to have its samples where its tensor has them, as far as nothing else is known of it."""
-        if grad is not None and self._kinds.get(grad) is None and isinstance(where := self.where(x), Axis | Lost):
-            self.declare(grad, where)
-        return grad
-
     def _look_for_unseen(self, losses: Tensor | Sequence[Tensor]) -> None:
         """Before every backward seen, also of a recomputation; a derivative of what was collected may go anywhere."""
         if not self.create_graph:
@@ -464,13 +458,6 @@ class Recording(Known, TorchFunctionMode):
         followed = possible and self.collector.empty and self in modes()
         self._differentiated = self._differentiated or not followed
         return followed
-
-    def gradient_on(self, axis: Axis, grad: Tensor) -> Tensor:
-        """A gradient on its way back, known to have its samples where the result has them that it is of."""
-        with unrecorded(graph=torch.is_grad_enabled()):
-            own = grad.view_as(grad)
-        self.declare(own, axis)
-        return own
 
     def collect(self, factors: Factors, grads: Grads, saved: Sequence[Tensor]) -> None:
         """Take the factors that a tap makes of gradients that are awaited; inside `aside`."""
