@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .axes import NOBODY, Axis, Call, Lost, swapped, tensors_in
-from .by_rule import bind, by_rule, no_view, placed, slots_of, tap
+from .by_rule import bind, by_rule, placed, slots_of, tap
 from .collecting import Source, Uses
 from .contractions import CONTRACTIONS, Contraction, contract, rows_first
 from .entering import (
@@ -142,7 +142,8 @@ def _postponed(
         raise SampleAxisError(message)
 
     outs = [x for x in tensors_in(out) if x.is_floating_point() or x.is_complex()]
-    own = [no_view(x) for x in outs]
+    # a tap writes to its tensor, as autograd sees it, and the op's own backward may need the result
+    own = [x.clone() for x in outs]
     tapped = Tap.run(recording, factors, recording.anchor, own, []) if own else []
     for x in tapped:
         recording.declare(x, Lost(call.name, refused=message))
@@ -194,7 +195,9 @@ def _contract(recording: Recorder, func: Function, op: Operation, call: Call, sh
 
 
 def _wanted(product: Contraction, shared: list[Tensor]) -> list[int]:
-    """The operands with samples that have a gradient, -1 for what is added."""
+    """The operands with samples that have a gradient, -1 for what is added; none under autocast, where types are others."""
+    if torch.is_autocast_enabled(product.operands[0].device.type):
+        return []
     others = [*enumerate(product.operands), *([] if product.addend is None else [(-1, product.addend)])]
     return [k for k, x in others if x.requires_grad and not any(x is s for s in shared)]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import samplewise as sw
 
-from .network import OPS
+from .network import DERIVATIVES, OPS
 
 # of float64, and of programs with a shorter type in the middle
 TIGHT, LOOSE = 1e-6, 0.1
@@ -66,7 +66,9 @@ def _judge(case):
     except Exception as error:  # noqa: BLE001
         return Verdict("crashed", f"{type(error).__name__} {short(error)}"), net.ran
     verdict = _disagreement(found, wanted) or _compared(net, case, x, found, wanted)
-    if verdict.kind == "exact" and case.wants and not close(input_found, input_grad, _tolerance(net, case)):
+    # with a graph no input has a gradient
+    fills = case.wants and case.how != DERIVATIVES
+    if verdict.kind == "exact" and fills and not close(input_found, input_grad, _tolerance(net, case)):
         verdict = Verdict("wrong", "the input's gradient is not that of the plain backward")
     return verdict, net.ran
 
@@ -201,14 +203,15 @@ def _recorded(net, case, x):
     if case.how == 3:
         rows = sw.per_sample_grads(net, lambda model, batch: model.losses(batch), fed, batch_dim=case.batch_dim)
         return dict(rows), _gradient_of(fed)
-    with sw.record(net, batch_dim=case.batch_dim, loss_reduction="mean" if case.how == 2 else "sum") as rec:
+    again, reduction = case.how == DERIVATIVES, "mean" if case.how == 2 else "sum"
+    with sw.record(net, batch_dim=case.batch_dim, loss_reduction=reduction, create_graph=again) as rec:
         losses = net.losses(fed)
-        if case.how == 0:
+        if case.how in {0, DERIVATIVES}:
             rec.backward(losses)
         else:
             (losses.mean() if case.how == 2 else losses.sum()).backward()
     grad = _gradient_of(fed) * (len(losses) if case.how == 2 else 1)
-    rows = rec.grads()
+    rows = {name: part.detach() for name, part in rec.grads().items()}
     return _consistent(net, rec, rows, _tolerance(net, case)) or rows, grad
 
 
