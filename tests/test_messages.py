@@ -155,6 +155,16 @@ def without_backward():
     rec.norms()
 
 
+def failed_backward():
+    model = linear()
+    with sw.record(model) as rec:
+        batch = x().requires_grad_()
+        batch.register_hook(lambda grad: grad[:0])
+        with pytest.raises(RuntimeError, match="hook"):
+            rec.backward(squares(model, batch))
+    rec.norms()
+
+
 def unseen_backward():
     model = linear()
     with sw.record(model):
@@ -835,6 +845,9 @@ CASES: dict[str, Case] = {
     # --- quantities
     "quantities.Record.__reduce__: a copy": Case(
         lambda: pickle.dumps(run(linear())), "^record: ", "neither be copied nor pickled", "Keep its results", kind=TypeError
+    ),
+    "quantities.Record.factors: half a backward": Case(
+        failed_backward, "^record: ", "ended with an error", "Record the batch again", kind=sw.SamplewiseError
     ),
     "quantities.Record.factors: no backward": Case(
         without_backward,

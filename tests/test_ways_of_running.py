@@ -1425,6 +1425,40 @@ def test_an_error_in_a_users_backward_leaves_nothing():
     assert untouched(model)
 
 
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("backward", "create_graph"),
+    [
+        (lambda rec, losses: rec.backward(losses), False),
+        (lambda rec, losses: rec.backward(losses), True),
+        (lambda _, losses: losses.sum().backward(), False),
+        (lambda rec, losses: elsewhere(lambda: rec.backward(losses)), False),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_half_a_backward_gives_no_gradients(backward, create_graph, again):
+    model = Net(lambda self, x: self.b(Failing.apply(self.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 2))
+    with sw.record(model, create_graph=create_graph) as rec:
+        batch = normal(N, 4)
+        losses = squares(model, batch)
+        with pytest.raises(MemoryError):
+            backward(rec, losses)
+        if again:
+            rec.backward(model.a(batch).sum(1))
+    for quantity in QUANTITIES.values():
+        with pytest.raises(sw.SamplewiseError, match="ended with an error"):
+            quantity(rec)
+
+
 def test_an_interrupt_leaves_nothing():
     model, batch = mlp(), normal(N, 4)
     with pytest.raises(KeyboardInterrupt), sw.record(model):  # noqa: PT012

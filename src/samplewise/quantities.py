@@ -135,13 +135,17 @@ class Record:
         """The unmaterialised gradients: a factor for each parameter that the loss reached.
 
         Raises:
-            SamplewiseError: If no backward of this recording has run.
+            SamplewiseError: If no backward of this recording has run, or one ended with an error.
         """
         self._n()
         if self._recording.collector.empty and not self._recording.begun:
             raise SamplewiseError(
                 "record: no backward pass has run from losses of this recording, so there are no gradients. Call `rec.backward(losses)` "
                 "inside the `with record(...)` block first."
+            )
+        if self._recording.failed:
+            raise SamplewiseError(
+                "record: a backward pass ended with an error, and what had arrived by then is only a part. Record the batch again."
             )
         return self._recording.collected()
 

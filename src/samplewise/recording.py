@@ -94,8 +94,8 @@ class Recording(Known, TorchFunctionMode):
         self._earlier: list[tuple[Operation, tuple[Any, ...], dict[str, Any], Any]] = []
         # a derivative with a graph was taken through a use of a parameter, other than by `backward(losses)`
         self._differentiated = False
-        # a backward has begun from losses that depend on the samples; it may reach no parameter
-        self.begun = False
+        # a backward has begun from losses that depend on the samples (it may reach no parameter); one has ended with an error
+        self.begun = self.failed = False
         # inside `backward(losses)`, where no reduction has to be undone
         self._from_losses = False
 
@@ -241,6 +241,9 @@ class Recording(Known, TorchFunctionMode):
         try:
             with self:
                 return inner(*args, **kwargs)
+        except BaseException:
+            self.failed |= func is (torch.autograd.grad if self.create_graph and self._from_losses else torch.autograd.backward)
+            raise
         finally:
             del self._sources[-2:]
 
