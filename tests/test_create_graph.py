@@ -1,5 +1,7 @@
 """Per-sample gradients that can be differentiated again, against functions of the batch-of-one loop built with create_graph."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -196,3 +198,34 @@ def test_what_it_cannot_do_raises():
         losses(model, X.double()).sum().backward()
     with pytest.raises(sw.UnsupportedOpError, match=r"record\(..., create_graph=True\)"), sw.record(model):
         losses(model, X.double()).sum().backward(create_graph=True)
+
+
+def squares_of_slopes(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(losses(model, x).sum(), x, create_graph=True)[0].square().sum(1)
+
+
+@pytest.mark.parametrize("each", [losses, squares_of_slopes])
+@pytest.mark.parametrize("quantity", [None, sw.Record.norms, sw.Record.gram])
+def test_recordings_do_not_outlive_their_results(quantity, each):
+    """Their graph holds them, and the garbage collector sees no cycle through autograd."""
+    model, batch = (
+        nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.LayerNorm(3), nn.Linear(3, 2)).double(),
+        torch.randn(3, 4).double(),
+    )
+
+    def step():
+        with sw.record(model, create_graph=True) as rec:
+            rec.backward(each(model, batch))
+        found = None if quantity is None else quantity(rec).sum()
+        alive = weakref.ref(rec._recording)
+        del rec
+        if found is not None:
+            found.backward()
+        model.zero_grad()
+        return alive
+
+    step()
+    alive = step()
+    gc.collect()
+    assert alive() is None

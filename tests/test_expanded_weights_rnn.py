@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from expanded_weights_loop import Called, check_module, close, module_loop, options, score
+from expanded_weights_loop import Called, check_module, close, manual, module_loop, options, score
 from samplewise.expanded_weights import ExpandedWeight, call_for_per_sample_grads
 
 
@@ -254,3 +254,18 @@ def test_packed_expanded_weights_by_hand(kind):
 def test_a_learned_initial_state(kind, size):
     model = Called(lambda m, x: m.rnn(x, m.start.expand(1, len(x), 4))[0], rnn=build(kind, {}), start=(1, 1, 4))
     check_module(model, torch.randn(size, 5, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_a_frozen_weight_of_the_size_of_a_batch_is_a_constant(frozen):
+    x, state = torch.randn(3, 5, 3, dtype=torch.float64), torch.zeros(1, 3, 3, dtype=torch.float64)
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 3), (3, 3), (3,), (3,))]
+    trained = [w.requires_grad_() for k, w in enumerate(weights) if k != frozen]
+
+    def call(x, state, weights):
+        return torch.rnn_tanh(x, state, weights, True, 1, 0.0, False, False, True)[0]
+
+    rows = manual(3, lambda i: score(call(x[i : i + 1], state[:, i : i + 1], weights)), trained)
+    score(call(x, state, [ExpandedWeight(w, 3, "sum") if w.requires_grad else w for w in weights])).backward()
+    for w, each in zip(trained, rows, strict=True):
+        close(w.grad_sample, each)

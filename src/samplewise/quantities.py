@@ -1,5 +1,6 @@
 """Record a batch, then ask for any quantity."""
 
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Literal, Self, overload
@@ -26,6 +27,7 @@ class Record:
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
+        self._collector = recording.collector
 
     def __enter__(self) -> Self:
         """Attach to the model."""
@@ -41,6 +43,9 @@ class Record:
         """Leave no mode, hook or attribute behind, whatever happened."""
         self._recording.close()
         self._recording.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if self._recording.create_graph:
+            # their graph holds the recording, and a cycle through autograd would live for ever
+            self._recording.collector = weakref.proxy(self._collector)
 
     def __reduce__(self) -> str:
         """Refuse copies, and what would be stored of it."""

@@ -458,7 +458,7 @@ class Recording(Known, TorchFunctionMode):
         """
         if self.belongs() or not torch.is_grad_enabled():
             return False
-        followed = possible and self.collector.empty and self in modes()
+        followed = possible and self in modes() and self.collector.empty
         self._differentiated = self._differentiated or not followed
         return followed
 

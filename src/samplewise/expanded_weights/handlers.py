@@ -150,6 +150,8 @@ class RecurrentPerSampleGrad(PerSampleGrad):
         for weight in expanded_in(args):
             refuse_size(func, n, weight)
         kinds: list[tuple[Tensor, Axis | str]] = [(x, axis), *((h, Axis(1)) for h in tensors_in(states))]
+        # whatever their shapes
+        kinds += ((w, CONSTANT) for w in args[3 if packed else 2] if not isinstance(w, ExpandedWeight))
         if packed:
             kinds.append((args[1], CONSTANT))
         return recorded(func, args, kwargs, kinds=kinds, size=n)
