@@ -305,6 +305,26 @@ REFUSED = {
         mlp,
         lambda m, x: total(torch.autograd.grad(y := m(x), x, y.softmax(0), create_graph=True)[0].square()),
     ),
+    "directions in another order": (
+        mlp,
+        lambda m, x: total(torch.autograd.grad(y := m(x), x, y.flip(0), create_graph=True)[0].square()),
+    ),
+    "directions in another order, of the samples alone": (
+        mlp,
+        lambda m, x: slope(torch.autograd.grad(m(x), x, x[:, :2].flip(0), create_graph=True)[0].square().sum(), x).sum(1),
+    ),
+    "one sample's direction for all": (
+        mlp,
+        lambda m, x: total(torch.autograd.grad(y := m(x), x, y[:1].expand_as(y), create_graph=True)[0].square()),
+    ),
+    "directions of samples for outputs": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+        lambda m, x: total(torch.autograd.grad((y := m(x)).sum(0), x, y.sum(1), create_graph=True)[0].square()),
+    ),
+    "directions on another axis": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+        lambda m, x: total(torch.autograd.grad(y := m(x), x, y.t(), create_graph=True)[0].square()),
+    ),
     "a sum that mixes samples": (
         mlp,
         lambda m, x: total(torch.autograd.grad(m(x).square().sum().sin(), x, create_graph=True)[0].square()),
@@ -336,6 +356,30 @@ def test_a_derivative_after_the_backward_may_not_become_a_loss():
         u = total(model(x).square())
         rec.backward(u)
         rec.backward(total(slope(u, x).square()))
+
+
+def test_directions_of_each_samples_own():
+    model, x = mlp().double(), torch.randn(3, 4, dtype=torch.double)
+
+    def each(model, x):
+        y = model(x)
+        return total(torch.autograd.grad([y, y.sum()], x, [y.cos() * x[:, :2], None], create_graph=True)[0].square())
+
+    with sw.record(model, create_graph=True) as rec:
+        rec.backward(each(model, x.clone().requires_grad_()))
+    for key, rows in loop(model, x, each).items():
+        torch.testing.assert_close(rec.grads()[key], rows)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(3), lambda: nn.GroupNorm(2, 4), lambda: nn.BatchNorm1d(4).eval()])
+def test_norms_have_the_type_that_they_have_in_plain_torch(make):
+    norm, x = make(), torch.randn(2, 4, 3).bfloat16()
+    with sw.record(norm, create_graph=True), torch.autocast("cpu", enabled=False):
+        assert norm(x).dtype is torch.bfloat16
+    with torch.autocast("cpu"):
+        plain = norm(x)
+        with sw.record(norm, create_graph=True):
+            assert norm(x).dtype is plain.dtype
 
 
 def test_without_create_graph_the_error_says_what_to_do():

@@ -1490,3 +1490,18 @@ def test_one_sample(kind):
     model, batch = kind
     rec = exact(model, batch[:1])
     torch.testing.assert_close(rec.gram(), rec.norms().square()[:, None])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_backward_that_never_began_takes_nothing_away(again):
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with sw.record(model, create_graph=again) as rec:
+        losses = model(x).square().sum(1)
+        with pytest.raises(RuntimeError):
+            torch.zeros(()).backward()
+        with pytest.raises((RuntimeError, sw.SamplewiseError)):
+            losses.backward()
+        with pytest.raises(sw.SamplewiseError, match="no backward pass has run"):
+            rec.norms()
+        rec.backward(losses)
+    assert rec.norms().shape == (4,)

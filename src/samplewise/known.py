@@ -1,7 +1,8 @@
 """What is known of the tensors of a recording: which carry the samples, which are shared by them, and what in-place ops changed."""
 
+import itertools
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,16 @@ class Known:
         if isinstance(kind, str) and tensor.requires_grad and tensor.grad_fn is not None:
             return self._of_history(tensor)
         return kind
+
+    def mixes(self, outputs: Any, directions: Any) -> bool:
+        """Whether a derivative of outputs, in directions, is more than one of each sample's output in a direction of its own."""
+        ys, vs = ([x] if isinstance(x, Tensor) or x is None else list(x) for x in (outputs, directions))
+        places = [(self.where(y), None if v is None else self.where(v)) for y, v in itertools.zip_longest(ys, vs)]
+        return any(
+            (isinstance(y, Lost) and not y.linear)
+            or (v is not None and not (isinstance(v, Axis) and isinstance(y, Axis) and v.means(y, self.n or 0)))
+            for y, v in places
+        )
 
     def _gradient_of(self, x: Tensor, grad: Tensor | None) -> Tensor | None:
         """A gradient, noted to have its samples where its tensor has them, as far as nothing else is known of it."""

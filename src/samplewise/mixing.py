@@ -61,7 +61,7 @@ def _meet(recording: Recorder, func: Function, op: Operation, call: Call, shared
     if call.name in ALIGNED or _unreduced(call):
         return enter_aligned(recording, func, call, shared)
     rule = _rule_of(op, call)
-    if rule is not None and rule.apart is not None and recording.create_graph:
+    if rule is not None and rule.apart is not None and recording.create_graph and _of_one_type(call):
         with recording:
             return rule.apart(*call.args, **call.kwargs)
     if rule is not None:
@@ -81,6 +81,11 @@ def _rule_of(op: Operation, call: Call) -> Rule | None:
     if rule is None or (op.inplace and rule.run is not None):
         return None
     return None if call.name in FIRST and any(axis.dim for _, axis in call.placed()) else rule
+
+
+def _of_one_type(call: Call) -> bool:
+    """Whether an op has the type of all its operands, as ops that it may be made of have."""
+    return len({x.dtype for x in call.tensors}) == 1 and not torch.is_autocast_enabled(call.tensors[0].device.type)
 
 
 def _lookup(call: Call, shared: list[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -242,7 +242,9 @@ class Recording(Known, TorchFunctionMode):
             with self:
                 return inner(*args, **kwargs)
         except BaseException:
-            self.failed |= func is (torch.autograd.grad if self.create_graph and self._from_losses else torch.autograd.backward)
+            if func is (torch.autograd.grad if self.create_graph and self._from_losses else torch.autograd.backward):
+                # what has arrived is a part; if nothing has, another backward may begin
+                self.failed, self.begun = self.failed or not self.collector.empty, not self.collector.empty
             raise
         finally:
             del self._sources[-2:]
@@ -398,11 +400,8 @@ class Recording(Known, TorchFunctionMode):
 
     def _note_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
         """Note what the results of `torch.autograd.grad` are: their samples are where those of the inputs are."""
-        outputs, inputs = (tensors_in((_argument(args, kwargs, k, name),)) for k, name in enumerate(("outputs", "inputs")))
-        mixed = any(isinstance(where := self.where(y), Lost) and not where.linear for y in outputs)
-        directions = tensors_in((_argument(args, kwargs, 2, "grad_outputs", None),))
-        mixed = mixed or any(isinstance(self.where(v), Lost) for v in directions)
-        for x, grad in zip(inputs, found, strict=True):
+        mixed = self.mixes(_argument(args, kwargs, 0, "outputs"), _argument(args, kwargs, 2, "grad_outputs", None))
+        for x, grad in zip(tensors_in((_argument(args, kwargs, 1, "inputs"),)), found, strict=True):
             where = self.where(x)
             if grad is not None and where is not None and (mixed or grad.shape != x.shape):
                 self.declare(grad, Lost("autograd.grad"))
