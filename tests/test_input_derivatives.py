@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import samplewise as sw
 from net import Net, p
@@ -380,6 +381,14 @@ def test_norms_have_the_type_that_they_have_in_plain_torch(make):
         plain = norm(x)
         with sw.record(norm, create_graph=True):
             assert norm(x).dtype is plain.dtype
+
+
+def test_a_derivative_through_a_checkpoint_is_refused():
+    model, x = mlp().double(), torch.randn(3, 4, dtype=torch.double, requires_grad=True)
+    refused = pytest.raises(sw.UnsupportedOpError, match="a derivative taken through a checkpoint")
+    with refused, sw.record(model, create_graph=True) as rec:
+        u = checkpoint(model, x, use_reentrant=False)
+        rec.backward(total(slope(total(u), x).square()))
 
 
 def test_without_create_graph_the_error_says_what_to_do():

@@ -47,8 +47,8 @@ from .taps import Factors, Grads, unseen_leaves
 
 UNSEEN = (
     "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
-    "compiled module, or a tensor computed before the recording began. Compute it inside the recording from ordinary ops, or give the "
-    "op a rule with `samplewise.rule`."
+    "compiled module, a derivative taken through a checkpoint or saved-tensor hooks, or a tensor computed before the recording began. "
+    "Compute it inside the recording from ordinary ops, or give the op a rule with `samplewise.rule`."
 )
 
 
