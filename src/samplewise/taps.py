@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .collecting import Source, Uses, leaves_of
+from .collecting import Source, Uses, hooks_by, leaves_of
 from .errors import UnsupportedOpError
 from .factors import Factor
 
@@ -176,18 +176,11 @@ def _refuse_second(recording: Collects) -> None:
 
 def _refuse_hooks_after(node: Any) -> None:
     # what would run after the op's own backward, and see or change the gradients of its parameters; a handle leads to all of them
-    handle = node.register_hook(_nothing)
-    hooks = handle.hooks_dict_ref()
-    handle.remove()
-    if hooks:
+    if hooks_by(node.register_hook):
         raise UnsupportedOpError(
             "backward: a hook that runs after the backward of an op (`h.grad_fn.register_hook`, a module's `register_backward_hook`) would "
             "not see the gradients of the op's parameters here. Use `h.register_hook` or `register_full_backward_hook`."
         )
-
-
-def _nothing(*_: object) -> None:
-    """A hook that does nothing."""
 
 
 _SEEN_NODES = (Seen._backward_cls, Enter._backward_cls)  # noqa: SLF001

@@ -171,15 +171,16 @@ def score_batch(task: ScoreTask, batch: object, indices: range, groups: Groups) 
 def _require_own_losses(task: ScoreTask, indices: range, batch_size: int, device: str | torch.device) -> None:
     """Raise when the losses of a few samples change with their places or with the batch they are in."""
     chosen = probes(indices, batch_size)
+    if len(chosen) < 2:
+        return
     items = {index: task.dataset[index] for index in chosen}
 
     def losses(members: list[int]) -> Tensor:
         batch = (task.collate_fn or collate)([items[index] for index in members])
         return _losses_and_logits(_evaluated(task, move(batch, device)), members)[0].detach().cpu().double()
 
-    if len(chosen) > 1:
-        half = chosen[: max(2, len(chosen) // 2)]
-        require_own(losses(chosen), losses(chosen), losses(chosen[::-1]), losses(half), rounding(task.model))
+    half = chosen[: max(2, len(chosen) // 2)]
+    require_own(losses(chosen), losses(chosen), losses(chosen[::-1]), losses(half), rounding(task.model))
 
 
 def joint_norm(norms: list[Tensor]) -> Tensor:
