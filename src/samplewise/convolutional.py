@@ -17,6 +17,8 @@ from .pixels import Geometry, patch_grams, samples_last
 from .products import operands, tile
 from .strategy import current, rates
 
+# Gradients of so many bytes are formed by one convolution: what it orders for itself takes as much again.
+_AT_ONCE = 2**25
 # Numbers of half precision in the longest that is copied as one.
 _IN_A_RUN = 4
 # (what for, shape, of which type) -> memory to write into
@@ -62,7 +64,7 @@ class Convolution(Factor):
         return self if n == self.n else Dense(self.to_dense()).regroup(n)
 
     def to_dense(self) -> Tensor:
-        if torch.is_grad_enabled() and self.n:
+        if self.n and (torch.is_grad_enabled() or (self.ways.folds and self.n * self.ways.gradients <= _AT_ONCE)):
             return self.folded() if self.ways.folds else self.unfold().to_dense()
         return self.write(self.grad.new_empty(self.n, *self.shape))
 

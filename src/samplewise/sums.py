@@ -1,5 +1,6 @@
 """Several uses of one parameter: their factors put together, and gradients kept where that is leaner."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,12 @@ class Sum(Factor):
         return Sum(tuple(term.regroup(n) for term in self.terms))
 
     def to_dense(self) -> Tensor:
-        return sum((term.to_dense() for term in self.terms[1:]), self.terms[0].to_dense())
+        if torch.is_grad_enabled():
+            return sum((term.to_dense() for term in self.terms[1:]), self.terms[0].to_dense())
+        # one place for all, of a type that holds each
+        parts = _typed(tensors_of(self))
+        holds = functools.reduce(torch.promote_types, (x.dtype for x in parts))
+        return self.write(parts[0].new_empty(self.n, *self.shape, dtype=holds))
 
     def write(self, out: Tensor) -> Tensor:
         # rows of a table touch the least, so they come last
@@ -129,7 +135,7 @@ class Store:
         if algorithm not in {"gram", "tile"} or chosen.name not in {"auto", "store"}:
             return False
         tensors = tensors_of(factor)
-        size = factor.n * factor.shape.numel() * _first(tensors).element_size()
+        size = factor.n * factor.shape.numel() * _typed(tensors)[0].element_size()
         lean = size <= sum(x.nbytes for x in tensors)
         # norms by tiles form the gradients anyway: kept, they need not be formed again for a weighted sum
         quick = algorithm == "tile" and self.spent + size <= chosen.memory_budget
@@ -138,7 +144,7 @@ class Store:
 
     def kept(self, factor: Factor) -> Factor:
         """The gradients, as a factor."""
-        return Kept(factor.write(_first(tensors_of(factor)).new_empty(factor.n, *factor.shape)))
+        return Kept(factor.to_dense())
 
 
 def tensors_of(factor: Factor) -> list[Tensor]:
@@ -150,9 +156,9 @@ def tensors_of(factor: Factor) -> list[Tensor]:
     return [x for x in vars(factor).values() if isinstance(x, Tensor)]
 
 
-def _first(tensors: Sequence[Tensor]) -> Tensor:
-    """One of the type that the gradients have, unlike indices."""
-    return next(x for x in tensors if x.dtype != torch.long)
+def _typed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that have the type of gradients, unlike indices."""
+    return [x for x in tensors if x.dtype != torch.long]
 
 
 def _join_outers(outers: list[Outer]) -> Outer:
