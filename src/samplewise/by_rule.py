@@ -15,7 +15,7 @@ from .entering import Function, Recorder, names_of, replaced, source_of
 from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Factor
 from .products import unobserved
-from .registry import RULES, Operation, Rule
+from .registry import PASSED_ON, RULES, Operation, Rule, operation
 from .remembered import key_of_meeting
 from .running import unrecorded
 from .sample_axis import follow
@@ -277,15 +277,28 @@ class Meeting:
 _MEETINGS: dict[Hashable, Meeting] = {}
 
 
-def meeting_before(recording: Recorder, op: Operation, args: tuple[Any, ...], n: int | None) -> Meeting | None:
+def as_before(recording: Recorder, func: Function, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a call by a rule that is like one before; NotImplemented for any other."""
+    if func in PASSED_ON:
+        # what it checks held for the call before
+        func, args = PASSED_ON[func](*args, **kwargs)
+        op = operation(func)
+    elif kwargs or op.inplace or op.name not in RULES:
+        return NotImplemented
+    meeting = _meeting_before(recording, op.name, args)
+    return NotImplemented if meeting is None else _meet_again(recording, func, meeting, args)
+
+
+def _meeting_before(recording: Recorder, name: str, args: tuple[Any, ...]) -> Meeting | None:
     """What was decided of a call like this one, of an op with a rule."""
+    n = recording.n
     if n is None or n <= 1 or recording.create_graph or not torch.is_grad_enabled():
         return None
-    found = _MEETINGS.get(key_of_meeting(op.name, n, args, recording.kind, recording.sources))
-    return found if found is not None and found.decision.rule is RULES[op.name] else None
+    found = _MEETINGS.get(key_of_meeting(name, n, args, recording.kind, recording.sources))
+    return found if found is not None and found.decision.rule is RULES[name] else None
 
 
-def meet_again(recording: Recorder, func: Function, meeting: Meeting, args: tuple[Any, ...]) -> Any:
+def _meet_again(recording: Recorder, func: Function, meeting: Meeting, args: tuple[Any, ...]) -> Any:
     """Run a call whose like was decided before."""
     values, sources = list(args), list[Source]()
     for k in meeting.shared:

@@ -28,6 +28,8 @@ class Recorder(Collects, Protocol):
     collector: Collector
     anchor: Tensor
     fallback: str
+    # the batch size, once it is known
+    n: int | None
     # of the parameters themselves, by id
     sources: dict[int, Source]
 

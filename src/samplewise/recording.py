@@ -30,14 +30,14 @@ from .attaching import (
 )
 from .axes import Axis, Call, Lost, tensors_in
 from .buffers import keep_freed_memory
-from .by_rule import meet_again, meeting_before
+from .by_rule import as_before
 from .collecting import Collector, Shared, of_parameter
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError, one_of
 from .factors import Factor
 from .known import DECLARED_CONSTANT, Known
 from .mixing import mix
 from .ownership import written
-from .registry import EXPANSIONS, RULES, Operation, operation
+from .registry import EXPANSIONS, Operation, operation
 from .remembered import CONSTANT, key_of, recall, remember
 from .running import accumulates, hide_from_compiler, in_backward, in_transform, modes, unrecorded, unwrapped
 from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
@@ -197,9 +197,9 @@ class Recording(Known, TorchFunctionMode):
         if in_transform():
             self._refuse_transform(op, args, kwargs)
             return func(*args, **kwargs)
-        meeting = None if kwargs or op.inplace or op.name not in RULES else meeting_before(self, op, args, self.n)
-        if meeting is not None:
-            return meet_again(self, func, meeting, args)
+        out = as_before(self, func, op, args, kwargs)
+        if out is not NotImplemented:
+            return out
         inner = EXPANSIONS.get(op.name, op.source)
         # a function that comes back to itself checks for overrides in a way of its own: it runs as one op
         if inner is not None and not op.inplace and (func, torch._C._current_graph_task_id()) not in self._sources:  # noqa: SLF001

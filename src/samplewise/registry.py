@@ -87,6 +87,8 @@ class Operation:
 
 RULES: dict[str, Rule] = {}
 EXPANSIONS: dict[str, Callable[..., Any]] = {}
+# Functions that check their arguments and pass them on to an op: from a call's arguments, the op and its own arguments.
+PASSED_ON: dict[Callable[..., Any], Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {}
 # Functions of our own that the recording sees as one op, and not through their source.
 OPAQUE: set[str] = set()
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from samplewise.buffers import scratch
 from samplewise.factors import HALF, Dense
-from samplewise.registry import rule
+from samplewise.registry import PASSED_ON, rule
 
 _WIDE = frozenset({torch.float32, torch.float64})
 _BY_STATISTICS = ("weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps", "cudnn_enabled")
@@ -22,6 +23,21 @@ _ARGUMENTS: dict[Callable[..., Tensor], tuple[str, ...]] = {
     torch.instance_norm: _BY_STATISTICS,
     torch.batch_norm: tuple("training" if name == "use_input_stats" else name for name in _BY_STATISTICS),
 }
+
+
+def _by_its_op(function: Callable[..., Tensor], op: Callable[..., Tensor]) -> None:
+    """Say that a function of `torch.nn.functional` is an op, with a flag that it adds."""
+
+    def passed_on(
+        input: Tensor, sizes: object, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+        return op, (input, sizes, weight, bias, eps, torch.backends.cudnn.enabled)
+
+    PASSED_ON[function] = passed_on
+
+
+_by_its_op(F.layer_norm, torch.layer_norm)
+_by_its_op(F.group_norm, torch.group_norm)
 
 
 def _in_two(op: Callable[..., Tensor], *, channels: bool) -> Callable[..., Tensor]:
