@@ -720,8 +720,8 @@ CASES: dict[str, Case] = {
         "is sharded",
         "DistributedDataParallel",
     ),
-    "taps._refuse_hooks_after: on a module": Case(
-        legacy_hook, "^backward: ", "`register_backward_hook`", "Use .*`register_full_backward_hook`"
+    "taps._refuse_hook_after: on a module": Case(
+        legacy_hook, "^record: ", "`register_backward_hook`", "Use .*`register_full_backward_hook`"
     ),
     "collecting.Collector.refuse_bypassed_hooks: after the use": Case(
         lambda: run(Net(hooked_late, w=x(1, D))).grads(),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .collecting import Source, Uses, hooks_by, leaves_of
+from .collecting import Source, Uses, leaves_of
 from .errors import UnsupportedOpError
 from .factors import Factor
 
@@ -88,7 +88,6 @@ class Tap(torch.autograd.Function):
         """Collect, and pass the gradients through."""
         recording, back, saved = ctx.recording, ctx.back, ctx.saved_tensors
         _refuse_second(recording)
-        _refuse_hooks_after(ctx)
         awaited, passed = recording.awaits(grads), None
         leads = back is not None and ctx.needs_input_grad[3] and grads[0] is not None
         with recording.aside():
@@ -174,13 +173,13 @@ def _refuse_second(recording: Collects) -> None:
         )
 
 
-def _refuse_hooks_after(node: Any) -> None:
-    # what would run after the op's own backward, and see or change the gradients of its parameters; a handle leads to all of them
-    if hooks_by(node.register_hook):
-        raise UnsupportedOpError(
-            "backward: a hook that runs after the backward of an op (`h.grad_fn.register_hook`, a module's `register_backward_hook`) would "
-            "not see the gradients of the op's parameters here. Use `h.register_hook` or `register_full_backward_hook`."
-        )
+def _refuse_hook_after(_: Any, __: Callable[..., Any]) -> None:
+    # what would run after the op's own backward, and see or change the gradients of its parameters
+    raise UnsupportedOpError(
+        "record: a hook that runs after the backward of an op (`h.grad_fn.register_hook`, a module's `register_backward_hook`) would not "
+        "see the gradients of the op's parameters here. Use `h.register_hook` or `register_full_backward_hook`."
+    )
 
 
+Tap._backward_cls.register_hook = _refuse_hook_after  # type: ignore[attr-defined]  # noqa: SLF001
 _SEEN_NODES = (Seen._backward_cls, Enter._backward_cls)  # noqa: SLF001
