@@ -1,5 +1,6 @@
 """What a recording looks at in a model: what it holds, what forbids to record it, where the samples enter, and what comes out as a loss."""
 
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -16,9 +17,11 @@ def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Buffers, and other tensors that modules hold: masks, tables, position ids."""
     for module in modules:
         yield from (x for x in module._buffers.values() if x is not None)  # noqa: SLF001
-        for key, value in vars(module).items():
+        own = vars(module)
+        for key in own.keys() - _OF_EVERY_MODULE:
+            value = own[key]
             # most are numbers, or tuples of numbers such as a kernel's size
-            if key in _OF_EVERY_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
+            if type(value) in _PLAIN or not isinstance(value, _HOLDERS):
                 continue
             if not isinstance(value, tuple) or not _PLAIN.issuperset(map(type, value)):
                 yield from tensors_in(value)
@@ -52,8 +55,9 @@ def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
         raise UnsupportedOpError(
             "record: the model is a scripted module, and the recording cannot see into it. Record the module that was scripted."
         )
-    _refuse_sharded(modules)
-    empty = [name for name, p in _trainable(modules) if p.is_meta]
+    trainable = list(_trainable(modules))
+    _refuse_sharded(modules, trainable)
+    empty = [name for name, p in trainable if p.is_meta]
     if empty:
         raise UnsupportedOpError(
             f"record: {', '.join(empty)} is on the meta device and has no numbers. Give the model memory first, "
@@ -61,12 +65,12 @@ def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _refuse_sharded(modules: Mapping[str, nn.Module]) -> None:
+def _refuse_sharded(modules: Mapping[str, nn.Module], trainable: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Parameters that are put together from the parts of several processes, and swapped for others while the model runs."""
     wrapped = [
         name or "the model" for name, module in modules.items() if _has_class(module, "FSDPModule", "FullyShardedDataParallel")
     ]
-    parts = [name for name, p in _trainable(modules) if _has_class(p, "DTensor") or getattr(p, "_fsdp_flattened", False)]
+    parts = [name for name, p in trainable if _has_class(p, "DTensor") or getattr(p, "_fsdp_flattened", False)]
     if parts or wrapped:
         raise UnsupportedOpError(
             f"record: {', '.join(parts or wrapped)} is sharded or distributed over processes (FSDP or a DTensor), and the forward runs on "
@@ -84,7 +88,13 @@ def _trainable(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Param
 
 def _has_class(value: object, *names: str) -> bool:
     """Whether it is of a class that goes by one of these names, whose module is not imported for that."""
-    return any(kind.__name__ in names for kind in type(value).__mro__)
+    kind: Any = type(value)
+    return _comes_from(kind, names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _comes_from(kind: type, names: tuple[str, ...]) -> bool:
+    return any(base.__name__ in names for base in kind.__mro__)
 
 
 def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
