@@ -190,7 +190,8 @@ class Convolution(Factor):
         return padded
 
     def _weight_grad(self, grad: Tensor, input: Tensor, folds: int = 1) -> Tensor:
-        weight = grad.new_empty(1).expand(self.shape[0] * folds, *self.shape[1:])
+        # never read; an expanded number would be copied into as much memory
+        weight = grad.new_empty(self.shape[0] * folds, *self.shape[1:])
         zeros = [0] * (grad.ndim - 2)
         settings = (self.stride, self.padding, self.dilation, False, zeros, self.groups * folds)
         gradient: Tensor = _WEIGHT_GRAD(grad, input, weight, None, *settings, [False, True, False])[1]
