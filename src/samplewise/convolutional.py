@@ -135,8 +135,8 @@ class Convolution(Factor):
 
     def folded(self) -> Tensor:
         """By one convolution with the samples as groups, `(n, *shape)`."""
-        folded = self._weight_grad(self.grad.flatten(0, 1)[None], self.input.flatten(0, 1)[None], self.n)
-        return folded.reshape(self.n, *self.shape)
+        grad, image = (x.reshape(1, -1, *x.shape[2:]) for x in (self.grad, self.input))
+        return self._weight_grad(grad, image, self.n).reshape(self.n, *self.shape)
 
     def unfolded(self, memory: Memory) -> Outer:
         """As outer products; the patches are `(n, c_in * kernel, positions)`, copied in runs along the last axis of space."""

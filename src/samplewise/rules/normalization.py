@@ -15,6 +15,8 @@ from samplewise.registry import PASSED_ON, rule
 _WIDE = frozenset({torch.float32, torch.float64})
 _BY_STATISTICS = ("weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps", "cudnn_enabled")
 _AFFINE = ("weight", "bias")
+_GROUP_NORM_BACKWARD = torch.ops.aten.native_group_norm_backward.default
+_SCALE_AND_SHIFT = [False, True, True]
 # the arguments after the input, by position
 _ARGUMENTS: dict[Callable[..., Tensor], tuple[str, ...]] = {
     torch.layer_norm: ("normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
@@ -65,8 +67,8 @@ def _layer_norm(
     """The op, with the mean and the reciprocal deviation that it found."""
     if not _keeps_statistics(input, weight, bias):
         return torch.layer_norm(input, normalized_shape, weight, bias, eps, cudnn_enable), ()
-    out, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
-    return out, (mean.detach(), rstd.detach())
+    out, *statistics = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+    return out, [x.detach() if x.requires_grad else x for x in statistics]
 
 
 @rule(
@@ -129,8 +131,8 @@ def _group_norm(
     if not _keeps_statistics(input, weight, bias, half=half) or not input.is_contiguous():
         return torch.group_norm(input, num_groups, weight, bias, eps, cudnn_enabled), ()
     n, c, *space = input.shape
-    out, mean, rstd = torch.native_group_norm(input, weight, bias, n, c, math.prod(space), num_groups, eps)
-    return out, (mean.detach(), rstd.detach())
+    out, *statistics = torch.native_group_norm(input, weight, bias, n, c, math.prod(space), num_groups, eps)
+    return out, [x.detach() if x.requires_grad else x for x in statistics]
 
 
 @rule(
@@ -153,14 +155,12 @@ def group_norm(
     # out[n,c,t] = weight[c] x[n,c,t] + bias[c], x standardised over t and the channels of a group
     if not statistics or statistics[0].is_meta:
         return _channels(grad, lambda: torch.group_norm(input, num_groups, eps=eps))
-    # the op's own backward, for one image with the channels of all samples
-    n, c, t = grad.shape[0], grad.shape[1], math.prod(grad.shape[2:])
-    mean, rstd = (x.reshape(1, n * num_groups) for x in statistics)
-    # a reshape may be a view in another memory order, which autograd would not hand to the kernel
-    one, (x, g) = mean.new_ones(n * c), (y.reshape(1, n * c, t).contiguous() for y in (input, grad))
-    sizes = (1, n * c, t, n * num_groups)
-
-    _, scale, shift = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, one, *sizes, [False, True, True])
+    # the op's own backward, for one image with the channels of all samples; it goes by these sizes, and of the scale by its shape alone
+    (n, c), t = grad.shape[:2], math.prod(grad.shape[2:])
+    (mean, rstd), shaped = statistics, grad.new_empty(n * c)
+    _, scale, shift = _GROUP_NORM_BACKWARD(
+        grad.contiguous(), input.contiguous(), mean, rstd, shaped, 1, n * c, t, n * num_groups, _SCALE_AND_SHIFT
+    )
     return {"weight": Dense(scale.view(n, c)), "bias": Dense(shift.view(n, c))}
 
 
