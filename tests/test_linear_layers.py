@@ -20,7 +20,7 @@ N = 4
 @pytest.fixture(params=[0.0, 2.0], ids=["torch", "onednn"])
 def faster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Rates by which one of the two is faster, at any size; what oneDNN was asked for."""
-    rates, asked = Rates(1e11, 1e11, 0.0, request.param, 1e10), []
+    rates, asked = Rates(1e11, 1e11, 0.0, 0.0, request.param, 1e10), []
     monkeypatch.setattr(strategy, "_MEASURED", {})
     monkeypatch.setattr(strategy, "calibrate", lambda *_: rates)
     monkeypatch.setattr(strategy, "_UNMEASURED", {"cpu": rates})

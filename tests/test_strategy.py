@@ -91,7 +91,9 @@ def test_coverage_shows_the_choice() -> None:
 
 
 def rated(monkeypatch: pytest.MonkeyPatch, **change: float) -> None:
-    rates = Rates(**{"product": 1e11, "convolution": 1e11, "linear": 0.0, "layer": 0.0, "memory": 1e10, **change})
+    rates = Rates(
+        **{"product": 1e11, "convolution": 1e11, "onednn": 0.0, "turning": 0.0, "layer": 0.0, "memory": 1e10, **change}
+    )
     monkeypatch.setattr(strategy, "_MEASURED", {})
     monkeypatch.setattr(strategy, "calibrate", lambda *_: rates)
     monkeypatch.setattr(strategy, "_UNMEASURED", {"cpu": rates})
@@ -111,7 +113,8 @@ def test_rates_decide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_budget_limits_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 positions of 40 and 40 channels: norms by tiles are the fastest, gradients larger than their factors."""
-    rated(monkeypatch, product=1.0, linear=2.0)
+    rated(monkeypatch, product=1.0, onednn=2.0, turning=1e10)
+    monkeypatch.setattr("samplewise.outer._SMALL_PRODUCT", 0)
     model, batch = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)).double(), torch.randn(3, 16, 40).double()
     size = 3 * 40 * 40 * 8
     for budget, stored in [(0, 0), (size, 1), (2 * size - 1, 1), (2 * size, 2)]:
@@ -125,7 +128,7 @@ def test_the_budget_limits_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("t", "o", "i"), [(1, 9, 7), (1, 7, 9), (1, 7, 7), (50, 9, 7), (50, 7, 9)])
 def test_products_by_onednn(monkeypatch: pytest.MonkeyPatch, t: int, o: int, i: int, *, strided: bool) -> None:
     """The left or the right first, whichever is the cheaper to turn."""
-    rated(monkeypatch, product=1.0, linear=2.0)
+    rated(monkeypatch, product=1.0, onednn=2.0, turning=1e10)
     monkeypatch.setattr("samplewise.outer._SMALL_PRODUCT", 0)
     monkeypatch.setattr("samplewise.outer.has_onednn", lambda _: True)
     left, right = torch.randn(4, 1, t, 2 * o)[..., :o], torch.randn(4, 1, t, 2 * i)[..., :i]
@@ -183,7 +186,7 @@ def test_other_types_have_rates_of_their_own(cache) -> None:
 
 def test_a_recording_measures_before_it_begins_and_never_within(cache, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    monkeypatch.setattr(strategy, "_measure", lambda *what: measured.append(what) or Rates(1.0, 1.0, 0.0, 0.0, 1.0))
+    monkeypatch.setattr(strategy, "_measure", lambda *what: measured.append(what) or Rates(1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
     model, ids = setting()
     with sw.record(model) as rec:
         assert len(measured) == 1
@@ -457,7 +460,7 @@ def test_sums_into_the_parameters_gradients(name: str) -> None:
 )
 def test_what_won_on_a_gpu_is_chosen_there(sizes: tuple[int, ...], wins: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the rates of an H100 (docs/gpu.md); no tensor has values."""
-    monkeypatch.setattr("samplewise.outer.rates", lambda _: Rates(542e12, 1.3e12, 0.0, 0.0, 2.84e12, "cuda"))
+    monkeypatch.setattr("samplewise.outer.rates", lambda _: Rates(542e12, 1.3e12, 0.0, 0.0, 0.0, 2.84e12, "cuda"))
     n, t, o, i = sizes
     left, right = (torch.empty(n, 1, t, d, dtype=torch.bfloat16, device="meta") for d in (o, i))
     assert Outer(left, right, torch.Size((o, i))).algorithm == wins

@@ -37,10 +37,12 @@ class Outer(Factor):
             return "gram"
         if name in {"gram", "tile"}:
             return name
-        rate = rates(self.left)
-        gram = gram_seconds((g, t, o, i), max(4, self.left.element_size()), rate)
+        rate, itemsize = rates(self.left), self.left.element_size()
+        gram = gram_seconds((g, t, o, i), max(4, itemsize), rate)
         # 2 t o i flop, written to cache and read once
-        tile = g * o * i * (2 * t / max(rate.product, rate.linear) + 2 * self.left.element_size() / rate.memory)
+        flops = 2 * t * o * i
+        product = min(flops / rate.product, _onednn_seconds(flops, t * min(o, i) * itemsize, rate))
+        tile = g * (product + 2 * o * i * itemsize / rate.memory)
         return "gram" if name == "auto" and gram <= tile else "tile"
 
     def regroup(self, n: int) -> "Outer":
@@ -233,7 +235,7 @@ def _block(t: int, device: str) -> int:
 def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
     """The gradients of a few samples at a time, `(m, g * o, i)`, in memory that the next ones overwrite."""
     (n, g, t, o), i = left.shape, right.shape[-1]
-    if g == 1 and n and _by_onednn(left, 2 * t * o * i):
+    if g == 1 and n and _by_onednn(left, 2 * t * o * i, t * min(o, i)):
         for a, b in zip(left[:, 0], right[:, 0], strict=True):
             narrow, other = sorted((a, b), key=lambda x: x.shape[1])
             yield _by_linear_layer(narrow, other)[None]
@@ -248,9 +250,9 @@ def _summed(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
     """`sum_{n,t} weights[n] left[n,t] ⊗ right[n,t]`; weights is `(n, 1)`."""
     (n, t, o), i = left.shape, right.shape[2]
     wide_left = o > i
-    if _by_onednn(left, 2 * left.numel() * i):
-        # the narrower is the cheaper to turn, but then the product has to be turned too
-        turns = n * t * (o - i) > o * i
+    # the narrower is the cheaper to turn, but then the product has to be turned too
+    turns = n * t * (o - i) > o * i
+    if _by_onednn(left, 2 * left.numel() * i, n * t * i + o * i if turns else n * t * o):
         first, other = (right, left) if turns else (left, right)
         product = _by_linear_layer(first.flatten(0, 1), other.flatten(0, 1), weights.expand(n, t).reshape(n * t))
         return product.mT.contiguous() if turns else product
@@ -267,9 +269,16 @@ def _by_linear_layer(left: Tensor, right: Tensor, weights: Tensor | None = None)
     return onednn_linear(turned, right.mT)
 
 
-def _by_onednn(left: Tensor, flops: float) -> bool:
+def _by_onednn(left: Tensor, flops: float, turned: int) -> bool:
+    """Whether a product is faster by oneDNN, where so many numbers of it are transposed."""
     rate = rates(left)
-    return flops > _SMALL_PRODUCT and rate.linear > 1.1 * rate.product and not torch.is_grad_enabled() and has_onednn(left)
+    faster = _onednn_seconds(flops, turned * left.element_size(), rate) < flops / rate.product
+    return faster and not torch.is_grad_enabled() and has_onednn(left)
+
+
+def _onednn_seconds(flops: float, turned: int, rate: Rates) -> float:
+    """What a product costs by oneDNN, with so many bytes transposed."""
+    return flops / rate.onednn + turned / rate.turning if rate.onednn and flops > _SMALL_PRODUCT else math.inf
 
 
 def _products(factor: Outer) -> Tensor:

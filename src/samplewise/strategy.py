@@ -78,9 +78,11 @@ class Rates(NamedTuple):
     product: float
     # flop/s of the weight gradients of a convolution with the samples as groups; on a CPU those of its ordinary weight gradient
     convolution: float
-    # flop/s of a weight gradient by oneDNN's linear layer, zero where there is none: on some CPUs twice those of the BLAS
-    linear: float
-    # how many times as fast as torch's own the linear layer itself is by oneDNN, zero where there is none
+    # flop/s of a weight gradient by oneDNN's linear layer, which takes one side transposed: on some CPUs twice those of the BLAS
+    onednn: float
+    # bytes/s at which a matrix is transposed; this and the ones beside it are zero where there is no such layer
+    turning: float
+    # how many times as fast as torch's own the linear layer itself is by oneDNN
     layer: float
     # bytes/s into memory in use
     memory: float
@@ -89,7 +91,7 @@ class Rates(NamedTuple):
 
 
 # Of a server CPU with two threads, and of an H100; `calibrate` measures.
-_UNMEASURED = {"cpu": Rates(180e9, 300e9, 0.0, 0.0, 40e9), "cuda": Rates(40e12, 4e12, 0.0, 0.0, 2.5e12, "cuda")}
+_UNMEASURED = {"cpu": Rates(180e9, 300e9, 0.0, 0.0, 0.0, 40e9), "cuda": Rates(40e12, 4e12, 0.0, 0.0, 0.0, 2.5e12, "cuda")}
 _HALF_SPEEDUP = 10
 Key = tuple[torch.device, torch.dtype, int]
 _MEASURED: dict[Key, Rates] = {}
@@ -160,9 +162,10 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
         a = torch.rand(n, t, c, device=device, dtype=dtype)
         far, near = torch.rand(2, size, device=device, dtype=dtype)
         (rows,) = operands(a)
-        linear, layer = _measure_onednn(a.flatten(0, 1), device) if has_onednn(a) else (0.0, 0.0)
+        onednn, turning, layer = _measure_onednn(a.flatten(0, 1), device) if has_onednn(a) else (0.0, 0.0, 0.0)
         return Rates(
-            linear=linear,
+            onednn=onednn,
+            turning=turning,
             layer=layer,
             product=2 * n * t * c * c / _seconds(lambda: bmm(rows.mT, rows, "tile"), device),
             convolution=_measure_convolution(device, dtype),
@@ -181,12 +184,13 @@ def _measure_convolution(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n * 16 * 16 * weight.numel() / seconds
 
 
-def _measure_onednn(rows: Tensor, device: torch.device) -> tuple[float, float]:
-    """`Rates.linear` and `Rates.layer`."""
+def _measure_onednn(rows: Tensor, device: torch.device) -> tuple[float, float, float]:
+    """`Rates.onednn`, `Rates.turning` and `Rates.layer`."""
     turned, flops = rows.mT.contiguous(), 2 * rows.numel() * rows.shape[1]
     by_torch = _seconds(lambda: torch.nn.functional.linear(rows, rows), device)
     return (
-        flops / _seconds(lambda: onednn_linear(turned.copy_(rows.mT), rows.mT), device),
+        flops / _seconds(lambda: onednn_linear(turned, rows.mT), device),
+        rows.nbytes / _seconds(lambda: turned.copy_(rows.mT), device),
         by_torch / _seconds(lambda: onednn_linear(rows, rows), device),
     )
 
