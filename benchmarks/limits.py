@@ -5,7 +5,9 @@
 Each round runs the plain step; the forward and the backward to the activations alone, with frozen parameters; the norms, the clipped
 sum, and the gradients written into buffers, of the factors of one recorded step, without recording it again; and the whole of each. "limit"
 is the activations plus one of these: the kernels without the recording. It is a limit of these algorithms and kernels, not of the problem.
-The last column is the time to write as many numbers into the same buffers.
+"by hand" is a step written for the network, with bare autograd functions around the same kernels (by_hand.py), where there is one: what
+lies between the limit and it is Python of any kind, and caches that are cold in a step. The last column is the time to write as many
+numbers into the same buffers.
 
 A second table has the memory that clipped sums need beside the plain step's, in any single backward: until all norms are known, the
 factor or the gradients of every parameter are kept. "leaner of both" takes whichever is smaller, parameter by parameter.
@@ -18,6 +20,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from by_hand import ByHand
 from cells import MIB, Place, live, seconds
 from peers import CLIPPED, FLOOR, INTO, NORMS, OURS, PLAIN, SYSTEMS, Problem
 from samplewise.factors import Factor
@@ -31,8 +34,13 @@ from workloads import WORKLOADS
 ACTIVATIONS = "activations alone"
 # each quantity, and what it is called where it is asked for without a recording
 ALONE = {quantity: f"{quantity} alone" for quantity in (NORMS, CLIPPED, INTO)}
+BY_HAND = {NORMS: f"{NORMS} by hand", CLIPPED: f"{CLIPPED} by hand"}
 MEMORY = ("plain step, at its peak", "clipped sum, at its peak", "kept for the sum", "leaner of both")
-COLUMNS = (ACTIVATIONS, *(column for quantity in ALONE for column in (ALONE[quantity], "limit", quantity)), FLOOR)
+COLUMNS = (
+    ACTIVATIONS,
+    *(column for q in ALONE for column in (ALONE[q], "limit", *([BY_HAND[q]] if q in BY_HAND else []), q)),
+    FLOOR,
+)
 
 
 def frozen(problem: Problem) -> Problem:
@@ -124,6 +132,9 @@ def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dic
     runs[ACTIVATIONS] = lambda: without.total().backward()
     runs[ALONE[NORMS]], runs[ALONE[CLIPPED]] = lambda: norms_alone(factors), lambda: clipped_alone(factors, weights)
     runs[ALONE[INTO]] = lambda: written_alone(factors, ready[INTO].buffers)
+    if ByHand.covers(problem):
+        hand = ByHand(problem)
+        runs[BY_HAND[NORMS]], runs[BY_HAND[CLIPPED]] = hand.norms, hand.clipped
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(2 + repeats):
         for name, run in runs.items():
@@ -136,12 +147,12 @@ def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dic
 
 
 def line(name: str, ms: float, ratios: dict[str, float]) -> str:
-    start = ratios[ACTIVATIONS]
-    shown = [start]
-    for quantity, alone in ALONE.items():
-        shown += [ratios[alone], start + ratios[alone], ratios[quantity]]
-    shown.append(ratios[FLOOR])
-    return f"| {name} ({ms:.0f} ms) | {' | '.join(f'{value:.2f}' for value in shown)} |"
+    start, quantities = ratios[ACTIVATIONS], iter(ALONE.values())
+    cells = []
+    for column in COLUMNS:
+        value = start + ratios[next(quantities)] if column == "limit" else ratios.get(column)
+        cells.append("" if value is None else f"{value:.2f}")
+    return f"| {name} ({ms:.0f} ms) | {' | '.join(cells)} |"
 
 
 def main() -> None:

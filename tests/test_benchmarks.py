@@ -11,6 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import by_hand
 import cells
 import compare
 import growth
@@ -292,6 +293,25 @@ def test_limits_have_all_parts(name: str, monkeypatch) -> None:
     assert ms > 0
     assert all(ratio > 0 for ratio in ratios.values())
     assert limits.line(title, ms, ratios).count("|") == len(limits.COLUMNS) + 2
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
+def test_the_step_by_hand_is_right(name: str) -> None:
+    given = problem(name)
+    norms = SYSTEMS[OURS].methods[NORMS](given)
+    given = replace(given, limit=norms.median().item())
+    assert by_hand.ByHand.covers(given)
+    hand, expected = by_hand.ByHand(given), SYSTEMS[OURS].methods[CLIPPED](given)
+    torch.testing.assert_close(hand.norms(), norms)
+    for _ in range(2):
+        # the small ones are one tensor there
+        sums = torch.cat([x.flatten() for x in hand.clipped()]).sort().values
+        torch.testing.assert_close(sums, torch.cat([x.flatten() for x in expected.values()]).sort().values)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in {"mlp", "cnn", "resnet"}])
+def test_other_networks_have_no_step_by_hand(name: str) -> None:
+    assert not by_hand.ByHand.covers(problem(name))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -155,12 +155,13 @@ def group_norm(
     # out[n,c,t] = weight[c] x[n,c,t] + bias[c], x standardised over t and the channels of a group
     if not statistics or statistics[0].is_meta:
         return _channels(grad, lambda: torch.group_norm(input, num_groups, eps=eps))
-    # the op's own backward, for one image with the channels of all samples; it goes by these sizes, and of the scale by its shape alone
+    # the op's own backward, for one image with the channels of all samples, as a row: four axes may look like channels last
     (n, c), t = grad.shape[:2], math.prod(grad.shape[2:])
-    (mean, rstd), shaped = statistics, grad.new_empty(n * c)
-    _, scale, shift = _GROUP_NORM_BACKWARD(
-        grad.contiguous(), input.contiguous(), mean, rstd, shaped, 1, n * c, t, n * num_groups, _SCALE_AND_SHIFT
-    )
+    # of the scale it takes the shape alone here
+    (mean, rstd), scaled = statistics, statistics[0].new_empty(n * c)
+    # a reshape may be a view in another memory order, which autograd would not hand to the kernel
+    g, x = (y.reshape(1, n * c, t).contiguous() for y in (grad, input))
+    _, scale, shift = _GROUP_NORM_BACKWARD(g, x, mean, rstd, scaled, 1, n * c, t, n * num_groups, _SCALE_AND_SHIFT)
     return {"weight": Dense(scale.view(n, c)), "bias": Dense(shift.view(n, c))}
 
 
