@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
+import samplewise as sw
 from samplewise.convolutional import Convolution
 from samplewise.factors import Dense, Diagonal, Factor, Lent, Pulled, chunk_size
 from samplewise.joined import Joined
@@ -343,6 +344,39 @@ def test_patches_in_runs_of_channels(
     wanted = Convolution(grad.double(), images.double(), weight.shape, *settings, 1).to_dense()
     found = torch.einsum("ntk,not->nok", factor._runs_of_channels().double(), grad.double().flatten(2))
     torch.testing.assert_close(found, wanted.movedim(2, -1).reshape(found.shape))
+
+
+class Pair(Factor):
+    """Somebody's own, with its tensors in a way of its own."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts, self.shape = parts, parts[0].shape[1:]
+
+    @property
+    def n(self) -> int:
+        return len(self.parts[0])
+
+    def to_dense(self) -> Tensor:
+        return self.parts[0] * self.parts[1]
+
+
+def test_sums_of_any_factors_are_dense() -> None:
+    terms = Pair(x(3, 4), x(3, 4)), Pair(x(3, 4), x(3, 4))
+    torch.testing.assert_close(add(terms).to_dense(), terms[0].to_dense() + terms[1].to_dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_uses_in_another_type_are_summed_in_the_parameters_own(dtype: torch.dtype) -> None:
+    class Cast(torch.nn.Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return F.linear(F.linear(images.to(dtype), self.weight.to(dtype)).tanh(), self.weight.to(dtype))
+
+    model, images = Cast(4, 4, bias=False), x(5, 3, 4)
+    with sw.record(model) as rec:
+        rec.backward(model(images).float().square().sum((1, 2)))
+    for n, image in enumerate(images):
+        (wanted,) = torch.autograd.grad(model(image[None]).float().square().sum(), [model.weight])
+        torch.testing.assert_close(rec.grads()["weight"][n], wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_parts_keep_a_gpu_busy() -> None:

@@ -39,7 +39,7 @@ class Sum(Factor):
         return Sum(tuple(term.regroup(n) for term in self.terms))
 
     def to_dense(self) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not all(isinstance(term, Outer | Rows | Dense) for term in self.terms):
             return sum((term.to_dense() for term in self.terms[1:]), self.terms[0].to_dense())
         # one place for all, of a type that holds each
         parts = _typed(tensors_of(self))
