@@ -167,6 +167,26 @@ def test_tensors_in_a_list_are_not_held() -> None:
         registry.RULES.pop(key, None)
 
 
+def test_a_rule_for_a_function_of_functional_comes_before_what_was_met() -> None:
+    model, x = nn.LayerNorm(4).double(), batch(3, 4)
+    check(model, x)
+    called = []
+    try:
+
+        @sw.rule(F.layer_norm)
+        def own(
+            grad: Tensor, out: None, input: Tensor, sizes: object, weight: Tensor, bias: Tensor, eps: float = 1e-5
+        ) -> dict[str, object]:
+            called.append(eps)
+            return {"weight": Dense(grad * F.layer_norm(input, sizes, eps=eps)), "bias": Dense(grad)}
+
+        check(model, x)
+        assert called
+    finally:
+        registry.RULES.pop("torch.nn.functional.layer_norm", None)
+        registry.operation.cache_clear()
+
+
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "_LIMIT", 20)
     monkeypatch.setattr(by_rule, "_MOST_MEETINGS", 5)

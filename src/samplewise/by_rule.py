@@ -279,8 +279,8 @@ _MEETINGS: dict[Hashable, Meeting] = {}
 
 def as_before(recording: Recorder, func: Function, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a call by a rule that is like one before; NotImplemented for any other."""
-    if func in PASSED_ON:
-        # what it checks held for the call before
+    if op.source is not None and func in PASSED_ON:
+        # it has no rule of its own, and what it checks held for the call before
         func, args = PASSED_ON[func](*args, **kwargs)
         op = operation(func)
     elif kwargs or op.inplace or op.name not in RULES:
@@ -295,7 +295,7 @@ def _meeting_before(recording: Recorder, name: str, args: tuple[Any, ...]) -> Me
     if n is None or n <= 1 or recording.create_graph or not torch.is_grad_enabled():
         return None
     found = _MEETINGS.get(key_of_meeting(name, n, args, recording.kind, recording.sources))
-    return found if found is not None and found.decision.rule is RULES[name] else None
+    return found if found is not None and found.decision.rule is RULES.get(name) else None
 
 
 def _meet_again(recording: Recorder, func: Function, meeting: Meeting, args: tuple[Any, ...]) -> Any:
