@@ -26,20 +26,23 @@ _NORM = torch.ops.aten.native_group_norm_backward.default
 
 
 @dataclass
-class Kept:
+class Collected:
     """What one backward leaves for the norms and the sums."""
 
-    store: Store = field(default_factory=Store)
+    # None where norms are all that is wanted
+    store: Store | None = None
     factors: list[Factor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
     # (n, elements) of biases and norms
     small: list[Tensor] = field(default_factory=list)
 
     def take(self, factor: Factor) -> None:
-        """Take a weight's factor, or the gradients in its place where `clipped_grads` stores them."""
-        factor = self.store.kept(factor) if self.store.worth(factor) else factor
+        """Take a weight's factor; for sums keep it, or the gradients in its place where `clipped_grads` stores them."""
+        if self.store is not None and self.store.worth(factor):
+            factor = self.store.kept(factor)
         self.squares.append(factor.sq_norms())
-        self.factors.append(factor)
+        if self.store is not None:
+            self.factors.append(factor)
 
 
 class Convolved(torch.autograd.Function):
@@ -56,7 +59,7 @@ class Convolved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Keep what is needed, and go on to the input."""
-        (x,), layer, kept = ctx.saved_tensors, ctx.layer, ctx.step.kept
+        (x,), layer, kept = ctx.saved_tensors, ctx.layer, ctx.step.collected
         settings, wanted = (layer.stride, layer.padding, layer.dilation), [True, False, False]
         kept.take(Convolution(grad, x, layer.weight.shape, *settings, layer.groups))
         if layer.bias is not None:
@@ -82,10 +85,10 @@ class Normed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Keep what is needed, and go on to the input."""
-        (x, mean, rstd), layer, small = ctx.saved_tensors, ctx.layer, ctx.step.kept.small
+        (x, mean, rstd), layer, small = ctx.saved_tensors, ctx.layer, ctx.step.collected.small
         (n, c), t, groups = x.shape[:2], x[0, 0].numel(), layer.num_groups
-        one = grad.new_empty(n * c)
-        _, scale, shift = _NORM(grad, x, mean, rstd, one, 1, n * c, t, n * groups, [False, True, True])
+        rows, one = (y.reshape(1, n * c, t) for y in (grad, x)), grad.new_empty(n * c)
+        _, scale, shift = _NORM(*rows, mean, rstd, one, 1, n * c, t, n * groups, [False, True, True])
         small += [scale.view(n, c), shift.view(n, c)]
         passed = _NORM(grad, x, mean, rstd, layer.weight, n, c, t, groups, [True, False, False])[0]
         return None, None, None, passed
@@ -104,7 +107,7 @@ class Mapped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Keep what is needed, and go on to the input."""
-        (x,), layer, kept = ctx.saved_tensors, ctx.layer, ctx.step.kept
+        (x,), layer, kept = ctx.saved_tensors, ctx.layer, ctx.step.collected
         kept.take(Outer(grad[:, None, None], x[:, None, None], layer.weight.shape))
         kept.small.append(grad)
         return None, None, None, grad @ layer.weight
@@ -117,7 +120,7 @@ class ByHand:
     """A problem's norms and clipped sums, its model's layers in place of a recording."""
 
     def __init__(self, problem: Problem) -> None:
-        self.kept = Kept()
+        self.collected = Collected()
         model = copy.deepcopy(problem.model).requires_grad_(requires_grad=False)
         anchor = torch.zeros((), requires_grad=True)
         for module in model.modules():
@@ -127,27 +130,28 @@ class ByHand:
 
     @staticmethod
     def covers(problem: Problem) -> bool:
-        """Whether all layers with parameters are known."""
-        return all(type(x) in _LAYERS for x in problem.model.modules() if list(x.parameters(recurse=False)))
+        """Whether all layers with parameters are known, of a convolutional network as the workloads have them."""
+        layers = [x for x in problem.model.modules() if list(x.parameters(recurse=False))]
+        return all(type(x) in _LAYERS for x in layers) and any(isinstance(x, nn.Conv2d) for x in layers)
 
     def norms(self) -> Tensor:
         """`(n,)`."""
-        return self._norms()[0]
+        return self._norms(None)[0]
 
     def clipped(self) -> list[Tensor]:
         """The sums of the gradients clipped to the problem's limit, the weights' and those of all others in one."""
-        norms, small = self._norms()
+        norms, small = self._norms(Store())
         with unrecorded():
             weights = clipping_weights(norms, self._problem.limit)
-            sums, factors = [weights @ small], sorted(self.kept.factors, key=_frees)
-            self.kept = Kept()
+            sums, factors = [weights @ small], sorted(self.collected.factors, key=_frees)
+            self.collected = Collected()
             while factors:
                 sums.append(factors.pop().weighted_sum(weights))
         return sums
 
-    def _norms(self) -> tuple[Tensor, Tensor]:
-        self.kept = Kept()
+    def _norms(self, store: Store | None) -> tuple[Tensor, Tensor]:
+        self.collected = Collected(store)
         self._problem.total().backward()
         with unrecorded():
-            small = torch.cat(self.kept.small, 1)
-            return torch.stack([squares(small), *self.kept.squares]).sum(0).sqrt(), small
+            small = torch.cat(self.collected.small, 1)
+            return torch.stack([squares(small), *self.collected.squares]).sum(0).sqrt(), small

@@ -47,6 +47,7 @@ class Joined:
         sums: dict[str, Tensor] = {}
         for kind, group in self._groups.items():
             rows = self._side_by_side(kind)
+            del self._rows[kind]
             total = weights.to(rows.dtype) @ rows
             parts = total.split([grad.shape[1:].numel() for grad in group.values()])
             sums |= {name: part.view(grad.shape[1:]) for (name, grad), part in zip(group.items(), parts, strict=True)}

@@ -41,8 +41,8 @@ class Outer(Factor):
         gram = gram_seconds((g, t, o, i), max(4, itemsize), rate)
         # 2 t o i flop, written to cache and read once
         flops = 2 * t * o * i
-        product = min(flops / rate.product, _onednn_seconds(flops, t * min(o, i) * itemsize, rate))
-        tile = g * (product + 2 * o * i * itemsize / rate.memory)
+        onednn = _onednn_seconds(flops, t * min(o, i) * itemsize, rate) if g == 1 else math.inf
+        tile = g * (min(flops / rate.product, onednn) + 2 * o * i * itemsize / rate.memory)
         return "gram" if name == "auto" and gram <= tile else "tile"
 
     def regroup(self, n: int) -> "Outer":

@@ -153,7 +153,7 @@ def prepare(like: Tensor) -> None:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Five small probes, about a tenth of a second in all."""
+    """A few small probes, about a tenth of a second in all."""
     drawing = [device] if device.type == "cuda" else []
     # the user's own random numbers are those of a step without a recording
     with torch._C.DisableTorchFunction(), torch.inference_mode(), torch.random.fork_rng(drawing):  # noqa: SLF001

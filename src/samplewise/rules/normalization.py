@@ -31,7 +31,7 @@ def _by_its_op(function: Callable[..., Tensor], op: Callable[..., Tensor]) -> No
     """Say that a function of `torch.nn.functional` is an op, with a flag that it adds."""
 
     def passed_on(
-        input: Tensor, sizes: object, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+        input: Tensor, sizes: object, /, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         return op, (input, sizes, weight, bias, eps, torch.backends.cudnn.enabled)
 
