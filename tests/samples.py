@@ -383,7 +383,7 @@ NORMS: list[tuple[Op, list[Sample]]] = [
             s(x(3, 4, 2, 2), 2, x(4), p(4)),
             # one channel and one pixel lie in memory as in both orders
             s(x(3, 1, 3, 2).to(memory_format=torch.channels_last), 1, p(1), p(1)),
-            s(x(3, 4, 1, 1).to(memory_format=torch.channels_last), 2, p(4), p(4)),
+            s(x(3, 6, 1, 1).to(memory_format=torch.channels_last), 2, p(6), p(6)),
             s(x(3, 4, 3, 2).to(memory_format=torch.channels_last), 2, p(4), p(4)),
         ],
     ),
