@@ -68,6 +68,9 @@ def _judge(case):
     verdict = _disagreement(found, wanted) or _compared(net, case, x, found, wanted)
     # with a graph no input has a gradient
     fills = case.wants and case.how != DERIVATIVES
+    if fills and torch.equal(input_found.isnan(), input_grad.isnan()):
+        # where plain PyTorch has no number either (hypot at zero) there is nothing to compare
+        input_found, input_grad = input_found.nan_to_num(0.0), input_grad.nan_to_num(0.0)
     if verdict.kind == "exact" and fills and not close(input_found, input_grad, _tolerance(net, case)):
         verdict = Verdict("wrong", "the input's gradient is not that of the plain backward")
     return verdict, net.ran
