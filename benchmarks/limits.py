@@ -16,6 +16,7 @@ factor or the gradients of every parameter are kept. "leaner of both" takes whic
 import argparse
 import copy
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -61,6 +62,14 @@ def factors_of(problem: Problem) -> dict[str, Factor]:
     kept: dict[str, Factor] = {}
     _run(Record(Recording(problem.model, consume=kept.__setitem__)), problem.loss_fn, problem.batch)
     return kept
+
+
+def by_hand(problem: Problem) -> dict[str, Callable[[], object]]:
+    """Norms and clipped sums by hand, for the networks that have them."""
+    if not ByHand.covers(problem):
+        return {}
+    hand = ByHand(problem)
+    return {BY_HAND[NORMS]: hand.norms, BY_HAND[CLIPPED]: hand.clipped}
 
 
 def norms_alone(factors: dict[str, Factor]) -> None:
@@ -127,14 +136,14 @@ def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dic
     ready = {name: system.prepare(problem, quantity) for name, (system, quantity) in parts.items()}
     # the same buffers
     ready[FLOOR] = ready[INTO]
-    runs = {name: lambda s=system, q=quantity, p=ready[name]: s.methods[q](p) for name, (system, quantity) in parts.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda s=system, q=quantity, p=ready[name]: s.methods[q](p) for name, (system, quantity) in parts.items()
+    }
     without = frozen(problem)
     runs[ACTIVATIONS] = lambda: without.total().backward()
     runs[ALONE[NORMS]], runs[ALONE[CLIPPED]] = lambda: norms_alone(factors), lambda: clipped_alone(factors, weights)
     runs[ALONE[INTO]] = lambda: written_alone(factors, ready[INTO].buffers)
-    if ByHand.covers(problem):
-        hand = ByHand(problem)
-        runs[BY_HAND[NORMS]], runs[BY_HAND[CLIPPED]] = hand.norms, hand.clipped
+    runs |= by_hand(problem)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(2 + repeats):
         for name, run in runs.items():

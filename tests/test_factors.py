@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 import samplewise as sw
+from samplewise.convolution_costs import Ways
 from samplewise.convolutional import Convolution
 from samplewise.factors import Dense, Diagonal, Factor, Lent, Pulled, chunk_size
 from samplewise.joined import Joined
 from samplewise.outer import Outer, Rows
-from samplewise.pixels import Geometry, patch_grams
+from samplewise.pixels import Geometry, _off_pages, patch_grams, samples_last
 from samplewise.strategy import Strategy, using
 from samplewise.sums import Sum, add
 
@@ -181,6 +182,34 @@ def test_patch_grams_are_those_of_the_patches(kernel: int, stride: int, padding:
         with torch.set_grad_enabled(graph):
             found = patch_grams(image, geometry)
         torch.testing.assert_close(found.T.reshape(2, patches.shape[2], -1), patches.mT @ patches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 33])
+@pytest.mark.parametrize("t", [1, 31, 32, 64])
+def test_grams_lie_samples_last(t: int, n: int, dtype: torch.dtype) -> None:
+    """32 and 64 positions make rows of whole pages, which are put apart where they are many."""
+    columns = x(n, 3, t).to(dtype)
+    with torch.no_grad():
+        found = samples_last(columns).clone()
+    torch.testing.assert_close(found, (columns.mT @ columns).reshape(n, t * t).T)
+    rows = columns.new_empty(n, t * t)
+    apart = n >= 16 and t * t * rows.element_size() % 4096 == 0
+    assert (_off_pages(rows) is rows) != apart
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_fold_at_once_is_that_of_parts(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samplewise.factors._CACHED", 1)
+    monkeypatch.setattr("samplewise.convolutional.ways", lambda g, size, _: Ways(False, True, 0, math.prod(g.shape) * size))
+    images, grad = x(3, 4, 6, 5), x(3, 2, 6, 5)
+    factor = Convolution(grad, images, Size((2, 4 // groups, 3, 3)), (1, 1), (1, 1), (1, 1), groups)
+    with torch.no_grad():
+        at_once = factor.to_dense()
+        monkeypatch.setattr("samplewise.convolutional._AT_ONCE", 0)
+        in_parts = factor.to_dense()
+    torch.testing.assert_close(at_once, factor.unfold().to_dense())
+    torch.testing.assert_close(at_once, in_parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

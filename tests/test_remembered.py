@@ -12,6 +12,7 @@ from samplewise import by_rule, registry, remembered
 from samplewise.axes import Axis
 from samplewise.errors import MixedSamplesError, SamplewiseError
 from samplewise.factors import Dense
+from samplewise.recording import Recording
 from samplewise.remembered import CONSTANT, key_of_meeting
 
 
@@ -165,6 +166,19 @@ def test_tensors_in_a_list_are_not_held() -> None:
         assert not by_rule._MEETINGS
     finally:
         registry.RULES.pop(key, None)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 4)], ids=["layer", "group"])
+def test_a_norm_met_before_goes_straight_to_its_op(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    through, taken = [], Recording._through
+    monkeypatch.setattr(Recording, "_through", lambda self, func, *rest: through.append(func) or taken(self, func, *rest))
+    functions = {F.layer_norm, F.group_norm}
+    model, x = norm.double(), batch(3, 4)
+    check(model, x)
+    assert functions & set(through)
+    through.clear()
+    check(model, x + 1)
+    assert not functions & set(through)
 
 
 def test_a_rule_for_a_function_of_functional_comes_before_what_was_met() -> None:

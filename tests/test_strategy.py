@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import samplewise as sw
 from samplewise import buffers, products, strategy
 from samplewise.factors import Dense, Factor, Pulled, squares
-from samplewise.outer import Outer, _tiles
+from samplewise.outer import Outer, _by_onednn, _tiles
 from samplewise.strategy import STRATEGIES, Rates
 from samplewise.streaming import _frees
 
@@ -140,6 +140,22 @@ def test_products_by_onednn(monkeypatch: pytest.MonkeyPatch, t: int, o: int, i: 
     torch.testing.assert_close(found.double(), torch.einsum("n,noi->oi", weights.double(), grads), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norms.double(), grads.square().sum((1, 2)), rtol=1e-4, atol=1e-5)
     assert found.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("turning", "flops", "faster"),
+    [(1e9, 2e8, True), (1e6, 2e8, False), (1e9, 9e7, False)],
+    ids=["fast", "slow turns", "small"],
+)
+def test_onednn_is_taken_where_it_is_faster_with_its_turns(
+    turning: float, flops: float, monkeypatch: pytest.MonkeyPatch, *, faster: bool
+) -> None:
+    """2e8 flop take 2 ms by torch and 1 by oneDNN; 200 thousand numbers are turned in 0.8 ms or in 0.8 s."""
+    rated(monkeypatch, onednn=2e11, turning=turning)
+    monkeypatch.setattr("samplewise.outer.has_onednn", lambda _: True)
+    with torch.no_grad():
+        assert _by_onednn(torch.empty(1), flops, 200_000) == faster
+    assert not _by_onednn(torch.empty(1), flops, 200_000)
 
 
 @pytest.mark.parametrize(("length", "algorithm"), [(1, ("gram", "rows")), (40, ("store",))])
