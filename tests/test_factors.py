@@ -317,21 +317,48 @@ def test_small_gradients_side_by_side(n: int) -> None:
     """Of several types, shapes and none; what is large, structured or complex stays by itself."""
     small = {"a": x(n, 3), "b": x(n, 2, 1, 2), "scalar": x(n), "single": x(n, 5, dtype=torch.float32)}
     others = {"large": Dense(x(4, 5000)), "rows": rows(2)(n), "complex": Dense(x(n, 3).to(torch.complex128))}
-    given = {**{name: Dense(grad) for name, grad in small.items()}, **others}
+    check_joined({name: Dense(grad) for name, grad in small.items()}, others, n)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_small_products_as_groups_of_one(n: int) -> None:
+    """Of several sizes and types, with one position, several and none, alone of their size and not, with groups of their own."""
+    small = {
+        "one position": outer(1, 1, 6, 5)(n),
+        "again": outer(1, 1, 6, 5)(n),
+        "otherwise shaped": Outer(x(n, 1, 1, 6), x(n, 1, 1, 5), Size((5, 6))),
+        "turned": outer(1, 1, 5, 6)(n),
+        "positions": outer(1, 3, 8, 7)(n),
+        "positions again": outer(1, 3, 8, 7)(n),
+        "groups": outer(2, 3, 8, 7)(n),
+        "no position": outer(1, 0, 4, 3)(n),
+        "single": Outer(x(n, 1, 1, 6, dtype=torch.float32), x(n, 1, 1, 5, dtype=torch.float32), Size((6, 5))),
+    }
+    others = {
+        "large": Outer(x(4, 1, 1, 5000), x(4, 1, 1, 6), Size((5000, 6))),
+        "large gradient": outer(1, 1, 300, 300)(n),
+        "tile": outer(1, 40, 3, 2)(n),
+    }
+    check_joined(small, others, n)
+
+
+def check_joined(small: dict[str, Factor], others: dict[str, Factor], n: int) -> None:
+    """The small ones together are what each is alone, and the others stay; with a graph all do."""
+    given = {**small, **others}
     assert Joined.split(given)[1] == given
     with torch.no_grad():
         joined, rest = Joined.split(given)
     assert rest == others
-    weights, flat_rows = x(n), {name: grad.reshape(n, grad[:0].shape[1:].numel()) for name, grad in small.items()}
-    torch.testing.assert_close(
-        torch.stack([part.double() for part in joined.sq_norms()]).sum(0),
-        sum(grad.double().square().sum(1) for grad in flat_rows.values()),
-    )
-    sums = joined.weighted_sums(weights)
-    assert sums.keys() == small.keys()
-    for name, grad in small.items():
-        wanted = (weights.to(grad.dtype) @ flat_rows[name]).reshape(grad.shape[1:])
-        torch.testing.assert_close(sums[name], wanted)
+    weights, dense = x(n), {name: factor.to_dense() for name, factor in small.items()}
+    for _ in range(2):
+        torch.testing.assert_close(
+            torch.stack([part.double() for part in joined.sq_norms()]).sum(0),
+            sum(flat(factor).double().square().sum(1) for factor in small.values()),
+        )
+        sums = joined.weighted_sums(weights)
+        assert sums.keys() == small.keys()
+        for name, grad in dense.items():
+            torch.testing.assert_close(sums[name], torch.einsum("n,n...->...", weights.to(grad.dtype), grad))
 
 
 def test_nothing_side_by_side() -> None:

@@ -34,7 +34,7 @@ ALLOWED = {
     "strategy": {"products", "running"},
     "running": set(),
     "factors": set(),
-    "joined": {"factors"},
+    "joined": {"factors", "outer"},
     "outer": {"buffers", "factors", "products", "strategy"},
     "pixels": {"buffers", "factors", "products"},
     "convolution_costs": {"outer", "pixels", "strategy"},

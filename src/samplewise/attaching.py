@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from .axes import HOST, Lost, tensors_in
@@ -114,18 +115,21 @@ def refuse_hooks(name: str, parameter: nn.Parameter) -> None:
 
 def refuse_hooks_on_nodes(parameters: Mapping[str, nn.Parameter]) -> None:
     """The same on the nodes where gradients of parameters are accumulated."""
-    with torch.enable_grad():
-        nodes: dict[str, Any] = {
-            name: p.view_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-            for name, p in parameters.items()
-            if p.is_leaf and p.requires_grad
-        }
-    found = [name for name, node in nodes.items() if hooks_by(node.register_hook) or hooks_by(node.register_prehook)]
+    found = [name for name, p in parameters.items() if p.is_leaf and p.requires_grad and any(_hooks_where_accumulated(p))]
     if found:
         raise UnsupportedOpError(
             f"{', '.join(found)}: has a hook on the node that accumulates its gradient, which no gradient reaches here. Remove it for the "
             "recording, and do with the results what it does."
         )
+
+
+def _hooks_where_accumulated(parameter: nn.Parameter) -> Iterator[Mapping[int, Any] | None]:
+    """The hooks on the node that accumulates a parameter's gradient."""
+    if parameter._use_count() == 1:  # type: ignore[attr-defined]  # noqa: SLF001
+        # the node would hold the parameter too, so there is none
+        return iter(())
+    node = get_gradient_edge(parameter).node
+    return (hooks_by(register) for register in (node.register_hook, node.register_prehook))
 
 
 def refuse_new_parameters(model: nn.Module, modules: Iterable[nn.Module], known: Container[int]) -> None:

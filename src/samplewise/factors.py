@@ -277,9 +277,9 @@ def squares(x: Tensor) -> Tensor:
     return total
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """What was found for some samples at a time, for all."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """What was found for some samples at a time, for all of them; or what stands side by side along another axis."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def wide(x: Tensor) -> Tensor:

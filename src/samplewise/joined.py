@@ -1,60 +1,89 @@
-"""Small gradients of many parameters, side by side: a call for each of them would cost more than their arithmetic."""
+"""Small gradients of many parameters, taken together: a call for each of them would cost more than their arithmetic."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
-from .factors import Dense, Factor, flat, squares
+from .factors import Dense, Factor, flat, joined
+from .outer import Outer
 
 # In elements; beyond it a call's own cost does not count, which is longer in coming where calls are launched on another device.
 _SMALL, _SMALL_ELSEWHERE = 2**14, 2**20
-Kind = tuple[torch.device, torch.dtype]
+# Of the gradient of a product, which is formed for sums only.
+_SMALL_PRODUCT = 2**16
+# All that factors have in common which are taken as one.
+Kind = tuple[object, ...]
 
 
 class Joined:
-    """Dense factors, in one tensor `(n, all their elements)` for each device and type."""
+    """Factors of small gradients: dense ones side by side, products of one size as groups of one product."""
 
     def __init__(self) -> None:
-        self._groups: dict[Kind, dict[str, Tensor]] = {}
-        # the groups side by side, once they were asked for
-        self._rows: dict[Kind, Tensor] = {}
+        self._factors: dict[Kind, dict[str, Factor]] = {}
+        # one for all of a kind, once that was asked for
+        self._as_one: dict[Kind, Factor] = {}
 
     @staticmethod
     def split(factors: Mapping[str, Factor]) -> tuple["Joined", dict[str, Factor]]:
         """The small ones, and the others."""
-        joined = Joined()
-        return joined, {name: factor for name, factor in factors.items() if not joined.take(name, factor)}
+        small = Joined()
+        return small, {name: factor for name, factor in factors.items() if not small.take(name, factor)}
 
     def take(self, name: str, factor: Factor) -> bool:
         """Take the factor of a parameter, if it is a small one. With a graph each stays by itself: parts cannot be changed in place."""
-        if torch.is_grad_enabled() or not isinstance(factor, Dense):
+        kind = None if torch.is_grad_enabled() else _kind_of(factor)
+        if kind is None:
             return False
-        grad = factor.grad
-        if grad.numel() > (_SMALL if grad.device.type == "cpu" else _SMALL_ELSEWHERE) or not grad.is_floating_point():
-            return False
-        kind = grad.device, grad.dtype
-        self._groups.setdefault(kind, {})[name] = grad
-        self._rows.pop(kind, None)
+        self._factors.setdefault(kind, {})[name] = factor
+        self._as_one.pop(kind, None)
         return True
 
     def sq_norms(self) -> list[Tensor]:
-        """Squared norms over all parameters of a group, `(n,)` each."""
-        return [squares(self._side_by_side(kind)) for kind in self._groups]
+        """Squared norms over all parameters of a kind, `(n,)` each."""
+        return [self._of(kind).sq_norms() for kind in self._factors]
 
     def weighted_sums(self, weights: Tensor) -> dict[str, Tensor]:
-        """`sum_n weights[n] grad[n]` for each parameter, of its shape: parts of one tensor."""
+        """`sum_n weights[n] grad[n]` for each parameter, of its shape: parts of one tensor for each kind."""
         sums: dict[str, Tensor] = {}
-        for kind, group in self._groups.items():
-            rows = self._side_by_side(kind)
-            del self._rows[kind]
-            total = weights.to(rows.dtype) @ rows
-            parts = total.split([grad.shape[1:].numel() for grad in group.values()])
-            sums |= {name: part.view(grad.shape[1:]) for (name, grad), part in zip(group.items(), parts, strict=True)}
+        for kind, factors in self._factors.items():
+            total = self._of(kind).weighted_sum(weights)
+            del self._as_one[kind]
+            parts = total.split([_length(factor) for factor in factors.values()])
+            sums |= {name: part.reshape(factor.shape) for (name, factor), part in zip(factors.items(), parts, strict=True)}
         return sums
 
-    def _side_by_side(self, kind: Kind) -> Tensor:
-        if kind not in self._rows:
-            rows = [flat(grad) for grad in self._groups[kind].values()]
-            self._rows[kind] = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        return self._rows[kind]
+    def _of(self, kind: Kind) -> Factor:
+        if kind not in self._as_one:
+            self._as_one[kind] = _as_one(self._factors[kind].values())
+        return self._as_one[kind]
+
+
+def _kind_of(factor: Factor) -> Kind | None:
+    """What others have to share with a factor to be taken with it; None if it is no small one."""
+    if isinstance(factor, Dense):
+        return (factor.grad.device, factor.grad.dtype) if _is_small(factor.grad) else None
+    if not isinstance(factor, Outer) or not _is_small(factor.left, factor.right) or factor.shape.numel() > _SMALL_PRODUCT:
+        return None
+    left, right = factor.left, factor.right
+    return (left.shape[2:], right.shape[3], left.device, left.dtype, right.dtype) if factor.algorithm == "gram" else None
+
+
+def _is_small(*tensors: Tensor) -> bool:
+    """Whether these are floating-point numbers whose arithmetic costs less than a call."""
+    first = tensors[0]
+    return first.is_floating_point() and sum(x.numel() for x in tensors) <= (_SMALL if first.is_cpu else _SMALL_ELSEWHERE)
+
+
+def _as_one(factors: Iterable[Factor]) -> Factor:
+    """The gradients of all, side by side."""
+    dense, products = [x for x in factors if isinstance(x, Dense)], [x for x in factors if isinstance(x, Outer)]
+    if dense:
+        return Dense(joined([flat(factor.grad) for factor in dense], 1))
+    left, right = joined([factor.left for factor in products], 1), joined([factor.right for factor in products], 1)
+    return Outer(left, right, Size((left.shape[1], left.shape[3], right.shape[3])))
+
+
+def _length(factor: Factor) -> int:
+    """How long a factor's part of all is."""
+    return factor.left.shape[1] if isinstance(factor, Outer) else factor.shape.numel()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attaching import place_of
-from .axes import Axis, Lost, Where
+from .axes import Axis, Lost, Where, tensors_in
 from .collecting import Shared, Source, leaves_of
 from .notes import Notes
 from .ownership import of_base
@@ -117,6 +117,16 @@ class Known:
         if grad is not None and self._kinds.get(grad) is None and isinstance(where := self.where(x), Axis | Lost):
             self.declare(grad, where)
         return grad
+
+    def note_gradients(self, outputs: Any, inputs: Any, directions: Any, grads: Any) -> None:
+        """Note what the results of `torch.autograd.grad` are: their samples are where those of the inputs are."""
+        mixed = self.mixes(outputs, directions)
+        for x, grad in zip(tensors_in((inputs,)), grads, strict=True):
+            where = self.where(x)
+            if grad is not None and where is not None and (mixed or grad.shape != x.shape):
+                self.declare(grad, Lost("autograd.grad"))
+            else:
+                self._gradient_of(x, grad)
 
     def gradient_on(self, axis: Axis, grad: Tensor) -> Tensor:
         """A gradient on its way back, known to have its samples where the result has them that it is of."""

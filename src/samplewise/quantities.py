@@ -291,8 +291,8 @@ class Record:
         return self._recording.n
 
     def _like(self) -> Tensor:
-        parameter = next(iter(self._recording.parameters.values()), torch.zeros(()))
-        return wide(parameter.detach())
+        parameter = next(iter(self._recording.parameters.values()), None)
+        return torch.zeros(()) if parameter is None else wide(parameter.detach())
 
     def _zeros(self) -> Tensor:
         return self._like().new_zeros(self._n())

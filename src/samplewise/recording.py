@@ -142,15 +142,18 @@ class Recording(Known, TorchFunctionMode):
                 f"{type(self.model).__name__}: this recording already holds the gradients of a batch, and rows of two batches "
                 "are never added. Open a new recording for each batch, or run all forwards before the backward."
             )
+        with unrecorded():
+            self._take_samples(args, kwargs)
+
+    def _take_samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors_alone = not kwargs and all(type(x) is Tensor for x in args)
         given = args if tensors_alone else tree_leaves((args, kwargs), is_leaf=is_packed)
         inputs, packed = [x for x in given if isinstance(x, Tensor)], [x for x in given if is_packed(x)]
         earlier, self._earlier = self._earlier, []
         if self.n is None:
             self.n = common_size(self.model, inputs, packed, self.batch_dim)
-        with unrecorded():
-            for sequence in packed:
-                self._enter_packed(sequence)
+        for sequence in packed:
+            self._enter_packed(sequence)
         for x in inputs:
             place = self.by_shape(x)
             if place is not None and (self._kinds.get(x) or CONSTANT) == CONSTANT:
@@ -205,9 +208,11 @@ class Recording(Known, TorchFunctionMode):
         if inner is not None and not op.inplace and (func, torch._C._current_graph_task_id()) not in self._sources:  # noqa: SLF001
             if func in _DERIVATIVES:
                 self._check_derivative(func, args, kwargs)
-            out = self._through(func, inner, args, kwargs)
+            with self:
+                out = self._through(func, inner, args, kwargs)
             if func is torch.autograd.grad:
-                self._note_gradients(args, kwargs, out)
+                ys, xs, vs = (_argument(args, kwargs, k, name, None) for k, name in enumerate(_OF_GRAD))
+                self.note_gradients(ys, xs, vs, out)
             if out is not NotImplemented:
                 return out
         return self._run(func, op, args, kwargs)
@@ -236,11 +241,10 @@ class Recording(Known, TorchFunctionMode):
     def _through(
         self, func: Callable[..., Any], inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Record a function through its source."""
+        """Record a function through its source, with the mode on."""
         self._sources += [(source, torch._C._current_graph_task_id()) for source in (func, inner)]  # noqa: SLF001
         try:
-            with self:
-                return inner(*args, **kwargs)
+            return inner(*args, **kwargs)
         except BaseException:
             if func is (torch.autograd.grad if self.create_graph and self._from_losses else torch.autograd.backward):
                 # what has arrived is a part; if nothing has, another backward may begin
@@ -383,7 +387,10 @@ class Recording(Known, TorchFunctionMode):
                     self._refuse_unseen(losses)
                     torch.autograd.grad(losses, self.anchor, torch.ones_like(losses), create_graph=True, allow_unused=True)
                 else:
-                    torch.autograd.backward(losses, torch.ones_like(losses), retain_graph=retain_graph)
+                    with unrecorded():
+                        self._check_derivative(torch.autograd.backward, (losses,), {})
+                        ones = torch.ones_like(losses)
+                    self._through(torch.autograd.backward, _BACKWARD, (losses, ones, retain_graph), {})
         finally:
             self._from_losses = False
 
@@ -397,16 +404,6 @@ class Recording(Known, TorchFunctionMode):
                 "something that depends on the samples. A recording has no ordinary gradients: take it outside, or ask for it after "
                 "`rec.backward` of a recording with create_graph=True."
             )
-
-    def _note_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
-        """Note what the results of `torch.autograd.grad` are: their samples are where those of the inputs are."""
-        mixed = self.mixes(_argument(args, kwargs, 0, "outputs"), _argument(args, kwargs, 2, "grad_outputs", None))
-        for x, grad in zip(tensors_in((_argument(args, kwargs, 1, "inputs"),)), found, strict=True):
-            where = self.where(x)
-            if grad is not None and where is not None and (mixed or grad.shape != x.shape):
-                self.declare(grad, Lost("autograd.grad"))
-            else:
-                self._gradient_of(x, grad)
 
     def _look_for_unseen(self, losses: Tensor | Sequence[Tensor]) -> None:
         """Before every backward seen, also of a recomputation; a derivative of what was collected may go anywhere."""
@@ -498,3 +495,6 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 
 
 _DERIVATIVES = (torch.autograd.backward, torch.autograd.grad)
+# the arguments of the latter that say what it is of
+_OF_GRAD = ("outputs", "inputs", "grad_outputs")
+_BACKWARD = operation(torch.autograd.backward).source or torch.autograd.backward

@@ -42,10 +42,12 @@ def _linear_back(grad: Tensor, weight: Tensor) -> Tensor:
 
 def _by_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether to run a linear layer by oneDNN: where that is faster, and a graph is neither built nor traced."""
-    if input.dtype is not torch.float32 or weight.dtype is not torch.float32 or weight.ndim != 2 or input.ndim < 2:
+    if weight.ndim != 2 or input.ndim < 2 or 2 * input.numel() * weight.shape[0] <= _SMALL_PRODUCT:
+        return False
+    if input.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return False
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias))
-    if graph or 2 * input.numel() * weight.shape[0] <= _SMALL_PRODUCT or not has_onednn(input) or rates(input).layer <= 1:
+    if graph or not has_onednn(input) or rates(input).layer <= 1:
         return False
     if not unobserved(input, weight) or torch.is_autocast_enabled("cpu"):
         return False
