@@ -7,7 +7,7 @@ beforehand. It follows no samples, sees no second use of a parameter, and checks
 import copy
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,24 @@ class Collected:
         if self.store is not None:
             self.factors.append(factor)
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """`(n,)`, and the small gradients side by side, `(n, elements)`."""
+        with unrecorded():
+            small = torch.cat(self.small, 1)
+            return torch.stack([squares(small), *self.squares]).sum(0).sqrt(), small
+
+
+class Step(Protocol):
+    """What the layers need of a step."""
+
+    collected: Collected
+
 
 class Convolved(torch.autograd.Function):
     """A convolution, and in its backward its weight's factor."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, step: "ByHand", layer: nn.Conv2d, x: Tensor) -> Tensor:
+    def forward(ctx: Any, _: Tensor, step: Step, layer: nn.Conv2d, x: Tensor) -> Tensor:
         """As the layer does."""
         ctx.step, ctx.layer = step, layer
         ctx.save_for_backward(x)
@@ -74,7 +86,7 @@ class Normed(torch.autograd.Function):
     """A group norm, and in its backward the gradients of its scale and shift."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, step: "ByHand", layer: nn.GroupNorm, x: Tensor) -> Tensor:
+    def forward(ctx: Any, _: Tensor, step: Step, layer: nn.GroupNorm, x: Tensor) -> Tensor:
         """As the layer does."""
         ctx.step, ctx.layer = step, layer
         sizes = (len(x), x.shape[1], x[0, 0].numel(), layer.num_groups)
@@ -98,7 +110,7 @@ class Mapped(torch.autograd.Function):
     """A linear layer without positions, and in its backward its weight's factor."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, step: "ByHand", layer: nn.Linear, x: Tensor) -> Tensor:
+    def forward(ctx: Any, _: Tensor, step: Step, layer: nn.Linear, x: Tensor) -> Tensor:
         """As the layer does."""
         ctx.step, ctx.layer = step, layer
         ctx.save_for_backward(x)
@@ -121,12 +133,7 @@ class ByHand:
 
     def __init__(self, problem: Problem) -> None:
         self.collected = Collected()
-        model = copy.deepcopy(problem.model).requires_grad_(requires_grad=False)
-        anchor = torch.zeros((), requires_grad=True)
-        for module in model.modules():
-            if type(module) in _LAYERS:
-                module.forward = functools.partial(_LAYERS[type(module)].apply, anchor, self, module)
-        self._problem = replace(problem, model=model)
+        self._problem = replace(problem, model=with_layers(problem.model, self))
 
     @staticmethod
     def covers(problem: Problem) -> bool:
@@ -152,6 +159,13 @@ class ByHand:
     def _norms(self, store: Store | None) -> tuple[Tensor, Tensor]:
         self.collected = Collected(store)
         self._problem.total().backward()
-        with unrecorded():
-            small = torch.cat(self.collected.small, 1)
-            return torch.stack([squares(small), *self.collected.squares]).sum(0).sqrt(), small
+        return self.collected.norms()
+
+
+def with_layers(model: nn.Module, step: Step) -> nn.Module:
+    """A copy of a model whose layers leave what they find with a step."""
+    model, anchor = copy.deepcopy(model).requires_grad_(requires_grad=False), torch.zeros((), requires_grad=True)
+    for module in model.modules():
+        if type(module) in _LAYERS:
+            module.forward = functools.partial(_LAYERS[type(module)].apply, anchor, step, module)
+    return model

@@ -3,20 +3,24 @@
     python benchmarks/overhead.py [--threads 1] [--repeats 9]
 
 A chain of ops is run plainly and for norms; the difference, forward and backward apart, grows with the chain, and what a hundred ops more
-add to it is divided by their number. What remains without any is the recording itself, with one linear layer. The GPT is run with its 4
-layers and all its ops but with width 6 and two samples of two tokens, where nothing but overhead is left, beside the time of its real step.
+add to it is divided by their number. What remains without any is the recording itself, with one linear layer. Beside it stands what a step
+takes that is written by hand for the linear layers (`by_hand.py`), and last what a `torch.autograd.Function` takes that does nothing: every
+op with parameters needs one. The GPT is run with its 4 layers and all its ops but with width 6 and two samples of two tokens, where
+nothing but overhead is left, beside the time of its real step.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samplewise as sw
+from by_hand import Collected, with_layers
 from workloads import GPT, gpt, token_losses
 
 LENGTH, WIDTH = 100, 8
@@ -39,6 +43,20 @@ CHAINS = {
     "linear": Chain(lambda m, x: m(x), lambda: nn.Linear(WIDTH, WIDTH)),
     "layer norm": Chain(lambda m, x: m(x), lambda: nn.LayerNorm(WIDTH)),
 }
+
+
+class Nothing(torch.autograd.Function):
+    """An op of autograd in Python that does nothing."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        """The same."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> Tensor:
+        """The same."""
+        return grad
 
 
 class Deep(nn.Module):
@@ -76,23 +94,63 @@ def recorded_forward(model: nn.Module, x: Tensor) -> None:
         model(x)
 
 
-def overhead(chain: Chain, length: int, repeats: int) -> tuple[float, float]:
-    """Microseconds of overhead of a chain, in the forward and in the backward."""
+# (seconds of the forward, of the whole step) of a model on a batch, the fastest of some repeats
+Way = Callable[[nn.Module, Tensor, int], tuple[float, float]]
+
+
+def row_sums(model: nn.Module, x: Tensor) -> Tensor:
+    """Losses, `(n,)`."""
+    return model(x).sum(1)
+
+
+def plain(model: nn.Module, x: Tensor, repeats: int) -> tuple[float, float]:
+    """An ordinary step."""
+    return fastest(lambda: model(x), repeats), fastest(lambda: plain_step(model, row_sums, x), repeats)
+
+
+def ours(model: nn.Module, x: Tensor, repeats: int) -> tuple[float, float]:
+    """Norms by a recording."""
+    return fastest(lambda: recorded_forward(model, x), repeats), fastest(
+        lambda: sw.per_sample_norms(model, row_sums, x), repeats
+    )
+
+
+class ByHand:
+    """Norms written by hand for a model of linear layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.collected = Collected()
+        self.model = with_layers(model, self)
+
+    def norms(self, x: Tensor) -> Tensor:
+        """`(n,)`."""
+        self.collected = Collected()
+        row_sums(self.model, x).sum().backward()
+        return self.collected.norms()[0]
+
+
+def by_hand(model: nn.Module, x: Tensor, repeats: int) -> tuple[float, float]:
+    """The same."""
+    step = ByHand(model)
+    return fastest(lambda: step.model(x), repeats), fastest(lambda: step.norms(x), repeats)
+
+
+def nothing(_: nn.Module, __: Tensor, ___: int) -> tuple[float, float]:
+    """No step at all, to compare with."""
+    return 0.0, 0.0
+
+
+def overhead(way: Way, chain: Chain, length: int, repeats: int, than: Way = plain) -> tuple[float, float]:
+    """Microseconds that one way with a chain takes longer than another, in the forward and in the backward."""
     model, x = Deep(chain, length), torch.randn(4, WIDTH)
-
-    def losses(m: nn.Module, x: Tensor) -> Tensor:
-        return m(x).sum(1)
-
-    forward, step = fastest(lambda: model(x), repeats), fastest(lambda: plain_step(model, losses, x), repeats)
-    recorded = fastest(lambda: recorded_forward(model, x), repeats)
-    whole = fastest(lambda: sw.per_sample_norms(model, losses, x), repeats)
-    return 1e6 * (recorded - forward), 1e6 * (whole - recorded - (step - forward))
+    (forward, step), (less, least) = way(model, x, repeats), than(model, x, repeats)
+    return 1e6 * (forward - less), 1e6 * (step - forward - (least - less))
 
 
-def per_op(chain: Chain, repeats: int) -> list[float]:
+def per_op(way: Way, chain: Chain, repeats: int, than: Way = plain) -> str:
     """Microseconds that each op adds, in the forward and in the backward."""
-    short, long = overhead(chain, LENGTH, repeats), overhead(chain, 2 * LENGTH, repeats)
-    return [(b - a) / (LENGTH * chain.ops) for a, b in zip(short, long, strict=True)]
+    short, long = (overhead(way, chain, length, repeats, than) for length in (LENGTH, 2 * LENGTH))
+    return " | ".join(f"{(b - a) / (LENGTH * chain.ops):.1f}" for a, b in zip(short, long, strict=True))
 
 
 def gpt_share(repeats: int) -> tuple[float, float]:
@@ -118,12 +176,15 @@ def main() -> None:
     torch.manual_seed(0)
     print("| op | forward, us | backward, us |\n|---|---|---|")
     for name, chain in CHAINS.items():
-        forward, backward = per_op(chain, options.repeats)
-        print(f"| {name} | {forward:.1f} | {backward:.1f} |")
-    forward, backward = overhead(CHAINS["view"], 0, options.repeats)
+        print(f"| {name} | {per_op(ours, chain, options.repeats)} |")
+    print(f"| linear, by hand | {per_op(by_hand, CHAINS['linear'], options.repeats)} |")
+    print(
+        f"| a function that does nothing, plain | {per_op(plain, Chain(lambda _, x: Nothing.apply(x)), options.repeats, nothing)} |"
+    )
+    forward, backward = overhead(ours, CHAINS["view"], 0, options.repeats)
     print(f"| the recording itself | {forward:.0f} | {backward:.0f} |")
-    ours, step = gpt_share(options.repeats)
-    print(f"\nGPT: {ours:.1f} ms of overhead for norms, {ours / step:.1%} of a plain step of {step:.0f} ms")
+    more, step = gpt_share(options.repeats)
+    print(f"\nGPT: {more:.1f} ms of overhead for norms, {more / step:.1%} of a plain step of {step:.0f} ms")
 
 
 if __name__ == "__main__":
