@@ -349,6 +349,16 @@ def test_a_backward_without_samples_is_refused():
     assert weight.grad is None
 
 
+def test_rows_of_two_weights_are_two_tensors():
+    """Both shifts have the gradient that autograd hands to both norms."""
+    shifts, x = [trainable(4), trainable(4)], batch(3, 4)
+    normed = [F.layer_norm(x, (4,), expanded(4, size=3, loss_reduction="sum"), ExpandedWeight(b, 3, "sum")) for b in shifts]
+    score(normed[0] + normed[1]).backward()
+    wanted = shifts[0].grad_sample.clone()
+    close(shifts[1].grad_sample.mul_(3), 3 * wanted)
+    close(shifts[0].grad_sample, wanted)
+
+
 def test_hooks_are_refused():
     weight, x = trainable(3, 4), batch(2, 4)
     for each in (ExpandedWeight(weight, 2, "sum"), ExpandedWeight(weight, 2, "sum") * 2):

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 import samplewise as sw
 from samplewise.convolution_costs import Ways
 from samplewise.convolutional import Convolution
-from samplewise.factors import Dense, Diagonal, Factor, Lent, Pulled, chunk_size
+from samplewise.factors import Dense, Diagonal, Factor, Pulled, chunk_size
 from samplewise.joined import Joined
 from samplewise.outer import Outer, Rows
 from samplewise.pixels import Geometry, _off_pages, patch_grams, samples_last
@@ -75,7 +75,6 @@ def joined(*makes: Make) -> Make:
 FACTORS: dict[str, Make] = {
     "dense": dense(6, 5),
     "dense scalar": dense(),
-    "dense, in memory of others": lambda n: Lent(x(n, 6, 5)),
     "outer, one position": outer(1, 1, 6, 5),
     "outer, one position, groups": outer(2, 1, 3, 5),
     "outer, gram": outer(1, 2, 6, 5),

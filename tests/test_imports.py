@@ -31,7 +31,7 @@ ALLOWED = {
     "buffers": set(),
     "kernels": set(),
     "products": {"buffers", "factors", "kernels"},
-    "strategy": {"products", "running"},
+    "strategy": {"errors", "products", "running"},
     "running": set(),
     "factors": set(),
     "joined": {"factors", "outer"},

@@ -905,7 +905,7 @@ CASES: dict[str, Case] = {
         r"out\['weight'\] must be .* memory for each entry",
         kind=ValueError,
     ),
-    "strategy.Strategy.__post_init__: name": Case(
+    "errors.one_of: a strategy": Case(
         lambda: sw.record(linear(), strategy="ghost"),
         "^record: ",
         "got 'ghost'",

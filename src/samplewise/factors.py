@@ -111,27 +111,6 @@ class Dense(Factor):
 
 
 @dataclass(frozen=True)
-class Lent(Dense):
-    """Gradients in memory that other factors use too: who asks for them gets a copy."""
-
-    @property
-    def structure(self) -> str:
-        return Dense.__name__
-
-    def to_dense(self) -> Tensor:
-        return self.grad.clone()
-
-    def write(self, out: Tensor) -> Tensor:
-        return out.copy_(self.grad)
-
-    def sq_norms(self) -> Tensor:
-        return Dense(self.grad).sq_norms()
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return Dense(self.grad).weighted_sum(weights)
-
-
-@dataclass(frozen=True)
 class Diagonal(Factor):
     """grad[n] is zero except at the positions of one axis that sample n owns: a shared tensor with the sample axis."""
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import one_of
 from .products import bmm, has_onednn, onednn_linear, operands
 from .running import unrecorded
 
@@ -35,8 +36,7 @@ class Strategy:
     memory_budget: int = MEMORY_BUDGET
 
     def __post_init__(self) -> None:
-        if self.name not in STRATEGIES:
-            raise ValueError(f"record: strategy is one of {', '.join(map(repr, STRATEGIES))}, got {self.name!r}")
+        one_of("strategy", self.name, *STRATEGIES)
         if self.memory_budget < 0:
             raise ValueError(f"record: memory_budget is a number of bytes, got {self.memory_budget}")
 

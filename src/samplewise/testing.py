@@ -52,11 +52,11 @@ def check_rule(op: Callable[..., Any], samples: Iterable[Sample], *, fallback: s
         >>> check_rule(torch.nn.functional.linear, [Sample((x, w), n=4)])
     """
     for place, sample in enumerate(samples):
-        for variant, changed, passed_on in _variants(sample):
+        for variant, changed, after in _variants(sample):
             if not changed.n and not _takes_empty(op, changed):
                 continue
             try:
-                _check(op, changed, fallback, passed_on)
+                _check(op, changed, fallback, after)
             except AssertionError as error:
                 raise VerificationError(
                     f"{op.__name__}: sample {place}, {variant}: {error}\nThe expected numbers are those of a "
@@ -76,7 +76,7 @@ def _takes_empty(op: Callable[..., Any], sample: Sample) -> bool:
 
 
 # What becomes of a result before the losses: it decides how the gradient lies in memory that comes back to the op.
-PassedOn = Callable[[Tensor], Tensor]
+After = Callable[[Tensor], Tensor]
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -88,16 +88,16 @@ def _summed(x: Tensor) -> Tensor:
 
 
 # Models that go on with another axis first.
-_PASSED_ON: dict[str, PassedOn] = {
+_AFTER: dict[str, After] = {
     "as given": _as_it_is,
     "with its result's axes reversed": lambda x: x.permute(*reversed(range(x.ndim))).contiguous(),
     "with its result's last axis first": lambda x: x.movedim(-1, 0).contiguous() if x.ndim else x,
 }
 
 
-def _variants(sample: Sample) -> Iterator[tuple[str, Sample, PassedOn]]:
-    for name, passed_on in _PASSED_ON.items():
-        yield name, sample, passed_on
+def _variants(sample: Sample) -> Iterator[tuple[str, Sample, After]]:
+    for name, after in _AFTER.items():
+        yield name, sample, after
     if sample.batch_dim == 0:
         yield "with its result summed over an axis", sample, _summed
     for name, changed in _changed(sample):
@@ -150,9 +150,9 @@ def _has_batch(x: Tensor, sample: Sample) -> bool:
 class _Call(nn.Module):
     """The op as a module: its parameters, and a forward that takes the batched tensors."""
 
-    def __init__(self, op: Callable[..., Any], sample: Sample, passed_on: PassedOn = _as_it_is) -> None:
+    def __init__(self, op: Callable[..., Any], sample: Sample, after: After = _as_it_is) -> None:
         super().__init__()
-        self.op, self.sample, self.passed_on = op, sample, passed_on
+        self.op, self.sample, self.after = op, sample, after
         found = {id(x): x for _, x in _named(sample) if isinstance(x, nn.Parameter)}
         self.shared = nn.ParameterList(found.values())
 
@@ -162,11 +162,11 @@ class _Call(nn.Module):
         out = self.op(*args, **kwargs)
         outs = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor) and x.is_floating_point()]
         # a nonlinear function of every entry: no two samples get the same output gradient
-        return torch.stack([(x * (x.cos() + 1.5)).sum() for x in map(self.passed_on, outs)]).sum()
+        return torch.stack([(x * (x.cos() + 1.5)).sum() for x in map(self.after, outs)]).sum()
 
 
-def _check(op: Callable[..., Any], sample: Sample, fallback: str, passed_on: PassedOn = _as_it_is) -> None:
-    call, inputs = _Call(op, sample, passed_on), [_input(x) for x in _batched(sample)]
+def _check(op: Callable[..., Any], sample: Sample, fallback: str, after: After = _as_it_is) -> None:
+    call, inputs = _Call(op, sample, after), [_input(x) for x in _batched(sample)]
     wanted, wanted_inputs = _loop(call, inputs, sample)
     with record(call, batch_size=sample.n, batch_dim=sample.batch_dim, fallback=fallback) as rec:
         for key in sample.constant:
@@ -215,7 +215,7 @@ def _loop(call: _Call, inputs: list[Tensor], sample: Sample) -> tuple[dict[str, 
     pieces: list[list[Tensor | None]] = []
     for i in range(sample.n):
         one = [_input(x.narrow(sample.batch_dim, i, 1)) for x in inputs]
-        single = _Call(call.op, _with_batched(sample, lambda x: x), call.passed_on)
+        single = _Call(call.op, _with_batched(sample, lambda x: x), call.after)
         swap = dict(zip(map(id, _batched(sample)), one, strict=True))
         args, kwargs = _swapped((sample.args, dict(sample.kwargs)), swap)
         single.sample = Sample(args, kwargs, 1, sample.batch_dim, sample.constant)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from samplewise.axes import Axis, tensors_in
 from samplewise.collecting import Shared, leaves_of
 from samplewise.errors import SamplewiseError, UnsupportedOpError
+from samplewise.quantities import dense_in
 from samplewise.registry import Operation, operation
 from samplewise.sample_axis import ALIGNED, ELEMENTWISE, LOSSES
 from samplewise.taps import Enter, Tap
@@ -261,7 +262,7 @@ class _Direct(LateRecording):
         for name, factor in self.collected().items():
             parameter, size = self.parameters[name], self._sizes[name]
             # a lower precision, of autocast, is that of the op alone
-            rows = factor.to_dense().to(parameter.dtype)
+            rows = dense_in(name, factor, None).to(parameter.dtype)
             add_rows(parameter, padded(rows * size if self._reduction == "mean" else rows, size))
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samplewise.factors import Dense, Lent, positions
+from samplewise.factors import Dense, positions
 from samplewise.outer import Outer
 from samplewise.products import has_onednn, onednn_linear, unobserved
 from samplewise.registry import rule
@@ -132,7 +132,7 @@ def _bias(g: Tensor, bias: Tensor | None) -> Dense:
     """`sum_t g[n,t,o]`."""
     assert bias is not None
     if g.shape[2] == 1 and bias.shape == g.shape[3:]:
-        return Lent(g.flatten(1))
+        return Dense(g.flatten(1))
     return Dense(_totals(g, bias))
 
 

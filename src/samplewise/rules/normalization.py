@@ -10,21 +10,12 @@ from torch import Tensor
 
 from samplewise.buffers import scratch
 from samplewise.factors import HALF, Dense
-from samplewise.registry import PASSED_ON, rule
+from samplewise.registry import PASSED_ON, RULES, operation, rule
 
 _WIDE = frozenset({torch.float32, torch.float64})
-_BY_STATISTICS = ("weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps", "cudnn_enabled")
 _AFFINE = ("weight", "bias")
 _GROUP_NORM_BACKWARD = torch.ops.aten.native_group_norm_backward.default
 _SCALE_AND_SHIFT = [False, True, True]
-# the arguments after the input, by position
-_ARGUMENTS: dict[Callable[..., Tensor], tuple[str, ...]] = {
-    torch.layer_norm: ("normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
-    torch.rms_norm: ("normalized_shape", "weight", "eps"),
-    torch.group_norm: ("num_groups", "weight", "bias", "eps", "cudnn_enabled"),
-    torch.instance_norm: _BY_STATISTICS,
-    torch.batch_norm: tuple("training" if name == "use_input_stats" else name for name in _BY_STATISTICS),
-}
 
 
 def _by_its_op(function: Callable[..., Tensor], op: Callable[..., Tensor]) -> None:
@@ -46,7 +37,8 @@ def _in_two(op: Callable[..., Tensor], *, channels: bool) -> Callable[..., Tenso
     """A norm, and then its scale and shift as ops of their own."""
 
     def apart(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = dict(zip(_ARGUMENTS[op], args, strict=False)) | kwargs
+        _, *names = RULES[operation(op).name].arguments
+        given = dict(zip(names, args, strict=False)) | kwargs
         ones = [1] * (input.ndim - 2) if channels else []
         scale, shift = (None if (x := given.get(name)) is None else x.reshape(*x.shape, *ones) for name in _AFFINE)
         out = op(input, **{name: None if name in _AFFINE else value for name, value in given.items()})
