@@ -16,7 +16,7 @@ from peers import Problem
 from samplewise.convolutional import Convolution
 from samplewise.factors import Factor, squares
 from samplewise.outer import Outer
-from samplewise.quantities import clipping_weights
+from samplewise.results import clipping_weights
 from samplewise.running import unrecorded
 from samplewise.streaming import _frees
 from samplewise.sums import Store

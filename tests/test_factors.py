@@ -341,6 +341,13 @@ def test_small_products_as_groups_of_one(n: int) -> None:
     check_joined(small, others, n)
 
 
+def test_products_of_many_positions_stay_alone() -> None:
+    """Their inner products would be large together."""
+    given = {"many": outer(1, 200, 2, 2)(3), "few": outer(1, 20, 2, 2)(3)}
+    with using(Strategy("gram")):
+        assert Joined.split(given)[1].keys() == {"many"}
+
+
 def check_joined(small: dict[str, Factor], others: dict[str, Factor], n: int) -> None:
     """The small ones together are what each is alone, and the others stay; with a graph all do."""
     given = {**small, **others}

@@ -34,7 +34,7 @@ ALLOWED = {
     "strategy": {"errors", "products", "running"},
     "running": set(),
     "factors": set(),
-    "joined": {"factors", "outer"},
+    "joined": {"factors", "outer", "sums"},
     "outer": {"buffers", "factors", "products", "strategy"},
     "pixels": {"buffers", "factors", "products"},
     "convolution_costs": {"outer", "pixels", "strategy"},

@@ -756,7 +756,7 @@ CASES: dict[str, Case] = {
         "derivative with create_graph=True",
         "Take it without autocast before",
     ),
-    "recording.Recording._refuse_unseen: unseen": Case(
+    "attaching.refuse_unseen: a function of somebody else": Case(
         net(lambda self, b: self.inner(b) + Unseen.apply(b, self.w)[:, :2]),
         "^w: ",
         "a use that the recording did not see",
@@ -817,7 +817,23 @@ CASES: dict[str, Case] = {
         "reduction='none'",
         kind=ValueError,
     ),
-    "quantities.Record._check: another order": Case(
+    "quantities.Record._check: no tensor": Case(
+        lambda: run(linear(), losses=lambda m, b: (squares(m, b), b)),
+        "^backward: ",
+        "got a tuple",
+        "one loss per sample",
+        kind=TypeError,
+    ),
+    "quantities.Record._check: all frozen": Case(
+        lambda: run(linear().requires_grad_(False)), "^backward: ", "require no grad", "Check for frozen parameters"
+    ),
+    "attaching.refuse_elsewhere: another model": Case(
+        lambda: run(linear(), x(), lambda _, b: squares(linear(), b), batch_size=3),
+        "^backward: ",
+        r"reach no trainable parameter of the recorded model, .* of shapes \(2,\)",
+        "by the recorded model, not by a copy",
+    ),
+    "quantities.Record._check_place: another order": Case(
         net(lambda self, b: self.inner(b.roll(1, 0))),
         "^backward: ",
         "in the order 2, 0, 1",
@@ -933,10 +949,10 @@ CASES: dict[str, Case] = {
         r"shape \(3,\), one per sample.*`torch.tensor\(weights\)`",
         kind=TypeError,
     ),
-    "quantities.check_limit: zero": Case(
+    "results.check_limit: zero": Case(
         quantity(lambda rec: rec.clipped_sum(0.0)), "max_grad_norm", "got 0.0", "must be positive", kind=ValueError
     ),
-    "quantities.check_limit: no number, in one call": Case(
+    "results.check_limit: no number, in one call": Case(
         lambda: sw.clipped_grads(linear(), squares, x(), max_grad_norm=float("nan")),
         "max_grad_norm",
         "got nan",

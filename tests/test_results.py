@@ -1,11 +1,13 @@
 """What is handed back is the caller's own: ordinary tensors, in memory that nothing else reads or writes."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samplewise as sw
@@ -219,6 +221,79 @@ def test_tensors_to_write_to_are_looked_at_where_no_gradient_arrives() -> None:
     model = Net(lambda self, b: b.sin() + 0 * b.detach().requires_grad_(), w=x(D))
     with pytest.raises(ValueError, match=r"^per_sample_grads: out\['w'\] must be a tensor"):
         sw.per_sample_grads(model, squares, x(), out={})
+
+
+class Turned(nn.Module):
+    """Two products with the transposed weight, of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.second = nn.Parameter(x(D, D)), nn.Parameter(x(D, D))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return F.linear(F.linear(batch, self.weight.t()).tanh(), self.second.t())
+
+
+LAID_OUT = {
+    "equal linears": lambda: (nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)), x(5, D)),
+    "transposed": lambda: (Turned(), x(5, D)),
+    "channels last": lambda: (nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), x(5, 3, 6, 6)),
+    "one by one, channels last": lambda: (nn.Conv2d(3, 1, 1).to(memory_format=torch.channels_last), x(5, 3, 6, 6)),
+    "depthwise": lambda: (nn.Conv2d(4, 4, 3, groups=4), x(5, 4, 6, 6)),
+    "embedding": lambda: (nn.Sequential(nn.Embedding(6, D), nn.Flatten()), torch.tensor([[0, 1], [2, 2], [3, 5]])),
+}
+
+
+WAYS_TO_SUM: dict[str, Callable[[nn.Module, Tensor], dict[str, Tensor]]] = {
+    "one call": lambda model, batch: sw.clipped_grads(model, squares, batch, max_grad_norm=1e9)[0],
+    "recorded": lambda model, batch: recorded(model, batch).weighted_sum(torch.ones(len(batch), dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+@pytest.mark.parametrize("way", WAYS_TO_SUM)
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_sums_are_laid_out_as_gradients_are(name: str, way: str, optimizer: type[torch.optim.Optimizer]) -> None:
+    """Fused optimizers go through memory, whatever the strides say."""
+    model, batch = LAID_OUT[name]()
+    plain = copy.deepcopy(model.double())
+    squares(plain, batch).sum().backward()
+    sums = WAYS_TO_SUM[way](model, batch)
+    for (key, p), own in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert own.grad is not None
+        assert sums[key].stride() == own.grad.stride()
+        p.grad = sums[key]
+    for parameters in (plain.parameters(), model.parameters()):
+        optimizer(parameters, lr=0.1, fused=True).step()
+    for p, own in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, own)
+
+
+@pytest.mark.parametrize("most", [0, 30, 2**20])
+def test_small_factors_wait_for_others_up_to_a_limit(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr("samplewise.streaming._MOST_WAITING", most)
+    model = nn.Sequential(*(nn.Linear(D, D) for _ in range(6)), nn.LayerNorm(D)).double()
+    batch = x(N, D)
+    torch.testing.assert_close(sw.per_sample_norms(model, squares, batch), recorded(model, batch).norms())
+
+
+@pytest.mark.parametrize("most", [0, 2**20])
+def test_what_waits_must_not_change(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """What does not wait was used before."""
+    monkeypatch.setattr("samplewise.streaming._MOST_WAITING", most)
+    model, batch = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)).double(), x(N, D).requires_grad_()
+    wanted = recorded(model, batch.detach()).norms()
+
+    def double(leaf: Tensor) -> None:
+        with torch.no_grad():
+            leaf.mul_(2)
+
+    batch.register_post_accumulate_grad_hook(double)
+    if most:
+        with pytest.raises(sw.SamplewiseError, match="changed in place"):
+            sw.per_sample_norms(model, squares, batch)
+    else:
+        torch.testing.assert_close(sw.per_sample_norms(model, squares, batch), wanted)
 
 
 # --- limits -------------------------------------------------------------------------------------------------------------------

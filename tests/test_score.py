@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
+import samplewise as sw
 from samplewise.attribution import (
     ScoreTask,
     ScoringError,
@@ -165,7 +166,7 @@ STRANGER = network().eval()
         (lambda model, batch: (cross_entropy(model, batch)[0], model(batch[0])[:, 0]), r"logits of shape \(11,\)"),
         (lambda model, batch: (cross_entropy(model, batch)[0], 3), "got int for the logits"),
         (lambda model, batch: (cross_entropy(model, batch)[0], model(batch[0]) / 0), r"softmax\(logits\), must be finite"),
-        (lambda model, batch: cross_entropy(STRANGER, batch), "reach no trainable parameter of ScoreTask.model"),
+        (lambda model, batch: (batch[0] * 1).requires_grad_().sum(1), "reach no trainable parameter of ScoreTask.model"),
         # the square root has no finite gradient at zero
         (lambda model, batch: (model(batch[0]) * 0).sum(1).sqrt(), "gradient norms of '0' must be finite"),
     ],
@@ -173,6 +174,11 @@ STRANGER = network().eval()
 def test_losses_that_cannot_be_scored(loss, message):
     with pytest.raises(ScoringError, match=message):
         score(make_task(loss))
+
+
+def test_losses_of_another_model_cannot_be_scored():
+    with pytest.raises(sw.SamplewiseError, match="reach no trainable parameter of the recorded model"):
+        score(make_task(lambda _, batch: cross_entropy(STRANGER, batch)))
 
 
 @pytest.mark.parametrize(

@@ -356,9 +356,9 @@ def test_unfrozen_inside_the_recording():
 
 
 def test_nothing_to_train():
-    """As in plain PyTorch."""
+    """An error, as in plain PyTorch."""
     model, batch = mlp().requires_grad_(False), normal(N, 4)
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(RuntimeError, match="losses require no grad"):
         recorded(model, batch)
     assert untouched(model)
 
@@ -542,6 +542,71 @@ def test_after_a_backward_that_reaches_no_parameter_they_are_zero(backward, size
         backward(rec, batch.square().sum(1))
     assert rec.norms().equal(torch.zeros(size, dtype=torch.float64))
     assert not any(rows.any() for rows in rec.grads().values())
+
+
+def with_its_own_parameters_cloned(model, batch):
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    return torch.func.functional_call(model, parameters, (batch,)).square().sum(1)
+
+
+def by_a_copy(model, batch):
+    return squares(copy.deepcopy(model), batch)
+
+
+@pytest.mark.parametrize("losses", [with_its_own_parameters_cloned, by_a_copy])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_losses_of_another_model_are_refused(losses, create_graph):
+    """All gradients would be zero."""
+    model, batch, expected = mlp(), normal(N, 4), "no trainable parameter of the recorded model"
+    with pytest.raises(sw.SamplewiseError, match=expected):
+        sw.per_sample_norms(model, losses, batch, batch_size=N)
+    with pytest.raises(sw.SamplewiseError, match=expected):
+        recorded(model, batch, losses, batch_size=N, create_graph=create_graph)
+
+
+def test_another_model_may_have_a_part_in_the_losses():
+    """It gets its ordinary gradient; ours are those of the losses."""
+    model, head, batch = mlp(), nn.Linear(2, 3).double(), normal(N, 4)
+    with sw.record(model) as rec:
+        rec.backward(squares(nn.Sequential(model, head), batch))
+    wanted = alone(nn.Sequential(model, copy.deepcopy(head).requires_grad_(False)), batch)
+    agree(rec, {name.removeprefix("0."): rows for name, rows in wanted.items()})
+    assert head.weight.grad is not None
+
+
+class BuiltAtFirstUse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        if not hasattr(self, "second"):
+            self.second = nn.Linear(4, 2).double()
+        return self.second(self.first(x))
+
+
+def test_a_module_built_inside_the_recording_is_refused():
+    model, batch = BuiltAtFirstUse(), normal(N, 4)
+    with pytest.raises(sw.SamplewiseError, match=r"second.weight, second.bias was unfrozen, added or replaced"):
+        sw.per_sample_norms(model, squares, batch)
+    agree(recorded(model, batch), alone(model, batch))
+
+
+def hooked(model):
+    model[0].weight.register_hook(lambda grad: grad)
+
+
+@pytest.mark.parametrize("backward", [lambda rec, losses: rec.backward(losses), lambda _, losses: losses.sum().backward()])
+def test_after_a_refused_backward_there_are_no_gradients(backward):
+    """Nor are they zero."""
+    model = mlp()
+    with sw.record(model) as rec:
+        losses = squares(model, normal(N, 4))
+        hooked(model)
+        with pytest.raises(sw.SamplewiseError, match="has a hook"):
+            backward(rec, losses)
+    with pytest.raises(sw.SamplewiseError, match="no backward pass"):
+        rec.norms()
 
 
 def test_inputs_get_their_ordinary_gradient(kind):

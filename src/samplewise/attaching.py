@@ -11,7 +11,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .axes import HOST, Lost, tensors_in
 from .collecting import Shared, hooks_by
-from .errors import MixedSamplesError, SampleAxisError, UnsupportedOpError
+from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
+
+UNSEEN = (
+    "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
+    "compiled module, a derivative taken through a checkpoint or saved-tensor hooks, or a tensor computed before the recording began. "
+    "Compute it inside the recording from ordinary ops, or give the op a rule with `samplewise.rule`."
+)
 
 
 def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -140,6 +146,24 @@ def refuse_new_parameters(model: nn.Module, modules: Iterable[nn.Module], known:
         raise UnsupportedOpError(
             f"backward: {', '.join(new)} was unfrozen, added or replaced inside the recording, which did not see its uses before. Do "
             "so before `record`."
+        )
+
+
+def refuse_unseen(leaves: Iterable[Tensor], names: Mapping[int, str]) -> None:
+    """Refuse a graph in which an ordinary gradient would reach a parameter; `names` are by id."""
+    found = sorted(names[id(leaf)] for leaf in leaves if id(leaf) in names)
+    if found:
+        raise UnsupportedOpError(f"{', '.join(found)}: {UNSEEN}")
+
+
+def refuse_elsewhere(leaves: Iterable[Tensor]) -> None:
+    """Refuse losses that reach no parameter of the model, but other leaves: such are of another model."""
+    shapes = sorted({tuple(leaf.shape) for leaf in leaves})
+    if shapes:
+        raise SamplewiseError(
+            "backward: the losses reach no trainable parameter of the recorded model, but tensors that require grad and are no part of "
+            f"it, of shapes {', '.join(map(str, shapes))}. All gradients would be zero. Compute the losses by the recorded model, not by a "
+            "copy of it, and with its own parameters (`functional_call` takes others)."
         )
 
 

@@ -7,6 +7,7 @@ from torch import Size, Tensor
 
 from .factors import Dense, Factor, flat, joined
 from .outer import Outer
+from .sums import tensors_of
 
 # In elements; beyond it a call's own cost does not count, which is longer in coming where calls are launched on another device.
 _SMALL, _SMALL_ELSEWHERE = 2**14, 2**20
@@ -20,6 +21,8 @@ class Joined:
     """Factors of small gradients: dense ones side by side, products of one size as groups of one product."""
 
     def __init__(self) -> None:
+        # in elements, of all that is kept for them
+        self.size = 0
         self._factors: dict[Kind, dict[str, Factor]] = {}
         # one for all of a kind, once that was asked for
         self._as_one: dict[Kind, Factor] = {}
@@ -37,6 +40,7 @@ class Joined:
             return False
         self._factors.setdefault(kind, {})[name] = factor
         self._as_one.pop(kind, None)
+        self.size += sum(x.numel() for x in tensors_of(factor))
         return True
 
     def sq_norms(self) -> list[Tensor]:
@@ -62,17 +66,21 @@ class Joined:
 def _kind_of(factor: Factor) -> Kind | None:
     """What others have to share with a factor to be taken with it; None if it is no small one."""
     if isinstance(factor, Dense):
-        return (factor.grad.device, factor.grad.dtype) if _is_small(factor.grad) else None
-    if not isinstance(factor, Outer) or not _is_small(factor.left, factor.right) or factor.shape.numel() > _SMALL_PRODUCT:
+        grad = factor.grad
+        return (grad.device, grad.dtype) if grad.is_floating_point() and grad.numel() <= _most(grad) else None
+    if not isinstance(factor, Outer) or not factor.left.is_floating_point() or factor.shape.numel() > _SMALL_PRODUCT:
         return None
     left, right = factor.left, factor.right
-    return (left.shape[2:], right.shape[3], left.device, left.dtype, right.dtype) if factor.algorithm == "gram" else None
+    (n, g, t, _), most = left.shape, _most(left)
+    # with the inner products of all positions
+    small = left.numel() + right.numel() <= most and n * g * t * t <= most
+    return (
+        (left.shape[2:], right.shape[3], left.device, left.dtype, right.dtype) if small and factor.algorithm == "gram" else None
+    )
 
 
-def _is_small(*tensors: Tensor) -> bool:
-    """Whether these are floating-point numbers whose arithmetic costs less than a call."""
-    first = tensors[0]
-    return first.is_floating_point() and sum(x.numel() for x in tensors) <= (_SMALL if first.is_cpu else _SMALL_ELSEWHERE)
+def _most(like: Tensor) -> int:
+    return _SMALL if like.is_cpu else _SMALL_ELSEWHERE
 
 
 def _as_one(factors: Iterable[Factor]) -> Factor:

@@ -102,6 +102,10 @@ class Known:
             return self._of_history(tensor)
         return kind
 
+    def _names(self, shared: list[Tensor]) -> frozenset[str]:
+        kinds = [self.kind(x) for x in shared]
+        return frozenset().union(*(kind.names for kind in kinds if isinstance(kind, Shared)))
+
     def mixes(self, outputs: Any, directions: Any) -> bool:
         """Whether a derivative of outputs, in directions, is more than one of each sample's output in a direction of its own."""
         ys, vs = ([x] if isinstance(x, Tensor) or x is None else list(x) for x in (outputs, directions))

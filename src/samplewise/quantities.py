@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from . import rules as _rules  # noqa: F401  (fills the tables)
-from .axes import Axis, Lost
+from .axes import Axis, Lost, Where
 from .coverage import Coverage
 from .errors import SampleAxisError, SamplewiseError
-from .factors import HALF, Factor, expanded, meeting, unexpanded, wide
+from .factors import HALF, Factor, expanded, meeting, wide
 from .joined import Joined
 from .known import DECLARED_CONSTANT
 from .projections import GaussianProjection
 from .recording import Recording
+from .results import as_autograd_has_it, clipping_weights, dense_in, root, total_norms
 from .running import unrecorded
 from .strategy import Strategy
-from .sums import Store, tensors_of
+from .sums import Store
 
 
 class Record:
@@ -110,6 +111,8 @@ class Record:
         recording.backward(losses, retain_graph=retain_graph)
 
     def _check(self, losses: Tensor) -> None:
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"backward: expected a tensor of one loss per sample, got a {type(losses).__name__}")
         n, where = self._recording.n, self._recording.where(losses)
         if n is None:
             raise SampleAxisError(
@@ -120,10 +123,20 @@ class Record:
             raise ValueError(
                 f"backward: expected one loss per sample, shape ({n},), got {tuple(losses.shape)}. "
                 "Use reduction='none' and sum or average over everything but the samples; for a reduced loss use "
-                "`loss.backward()` and `loss_reduction`."
+                f"`loss.backward()` and `loss_reduction`. If there are not {n} samples, the size of the model's inputs on the sample axis, "
+                "give `batch_size` or `batch_dim`."
+            )
+        self._check_place(where, n)
+        if not losses.requires_grad:
+            raise SamplewiseError(
+                "backward: the losses require no grad, so nothing trainable had a part in them. Check for frozen parameters, "
+                "`torch.no_grad` and `.detach()`."
             )
         if self._recording.create_graph:
             self._recording.refuse_new_parameters()
+
+    def _check_place(self, where: Where | None, n: int) -> None:
+        """Refuse losses of which it is not known that entry i belongs to sample i."""
         if isinstance(where, Lost) and where.refused:
             raise SampleAxisError(where.refused)
         if where != Axis(0) and n > 1:
@@ -302,7 +315,11 @@ class Record:
         filled: dict[str, Tensor] = {}
         for name, p in self._recording.parameters.items():
             if out is None:
-                filled[name] = unexpanded(found[name].to(p.dtype)) if name in found else p.new_zeros((*leading, *p.shape))
+                filled[name] = (
+                    as_autograd_has_it(found[name].to(p.dtype), p, *leading)
+                    if name in found
+                    else p.new_zeros((*leading, *p.shape))
+                )
             elif name not in found:
                 filled[name] = out[name].zero_()
             else:
@@ -431,46 +448,6 @@ def record(
             store=Store(),
         )
     )
-
-
-def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
-    """`min(1, max_grad_norm / norms)`; a zero norm gives 1."""
-    check_limit(max_grad_norm)
-    if max_grad_norm >= torch.finfo(norms.dtype).max:
-        # infinite in the type of the norms: a quotient of two infinities is no number
-        return torch.ones_like(norms)
-    return max_grad_norm / norms.clamp_min(max_grad_norm)
-
-
-def check_limit(max_grad_norm: float) -> None:
-    """Refuse a limit that is not positive."""
-    if not max_grad_norm > 0:
-        raise ValueError(f"clipping: max_grad_norm must be positive, got {max_grad_norm}")
-
-
-def total_norms(squares: list[Tensor], n: int, like: Tensor) -> Tensor:
-    """The norm over all parameters from the squared norms of some of them at a time."""
-    return root(torch.stack(squares or [like.new_zeros(n)]).sum(0))
-
-
-def root(squares: Tensor) -> Tensor:
-    """The square root, with derivative zero at zero as a norm has it."""
-    if not torch.is_grad_enabled():
-        # inner products of positions may leave a little less than zero
-        return squares.clamp_min(0).sqrt()
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares.clamp_min(0))
-
-
-def dense_in(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Tensor:
-    """All gradients of one parameter, in the tensor given for it, if there is one, or else in memory of their own."""
-    if out is not None:
-        return factor.write(out[name])
-    dense = factor.to_dense()
-    # autograd hands one tensor to several places, the user's hooks among them
-    cells = dense.untyped_storage()._cdata  # noqa: SLF001
-    shared = any(x.untyped_storage()._cdata == cells for x in tensors_of(factor))  # noqa: SLF001
-    return dense.clone() if shared else dense
 
 
 def _rows_of(matrices: Mapping[str, Tensor]) -> int:

@@ -22,11 +22,13 @@ from .attaching import (
     held_tensors,
     is_packed,
     packed_owners,
+    refuse_elsewhere,
     refuse_hooks,
     refuse_hooks_on_nodes,
     refuse_loss,
     refuse_new_parameters,
     refuse_unrecordable,
+    refuse_unseen,
 )
 from .axes import Axis, Call, Lost, tensors_in
 from .buffers import keep_freed_memory
@@ -44,12 +46,6 @@ from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
 from .strategy import Strategy, prepare, using
 from .sums import Store
 from .taps import Factors, Grads, unseen_leaves
-
-UNSEEN = (
-    "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
-    "compiled module, a derivative taken through a checkpoint or saved-tensor hooks, or a tensor computed before the recording began. "
-    "Compute it inside the recording from ordinary ops, or give the op a rule with `samplewise.rule`."
-)
 
 
 class Recording(Known, TorchFunctionMode):
@@ -227,6 +223,8 @@ class Recording(Known, TorchFunctionMode):
             self._check_losses(losses)
         self._look_for_unseen(losses)
         self._refuse_ordinary(losses, kwargs.get("inputs"))
+        if not in_backward():
+            self.begun = self.begun or any(self.where(x) is not None for x in tensors_in((losses,)))
 
     def _refuse_transform(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         touched = [
@@ -367,10 +365,6 @@ class Recording(Known, TorchFunctionMode):
             self.collector.note_hooks(x)
         return Shared(names, alone and first.isometric and moved, unexpanded, tensor._version)  # noqa: SLF001
 
-    def _names(self, shared: list[Tensor]) -> frozenset[str]:
-        kinds = [self.kind(x) for x in shared]
-        return frozenset().union(*(kind.names for kind in kinds if isinstance(kind, Shared)))
-
     # --- backward -----------------------------------------------------------------------------------------------------------
 
     def belongs(self) -> bool:
@@ -379,17 +373,19 @@ class Recording(Known, TorchFunctionMode):
 
     def backward(self, losses: Tensor, *, retain_graph: bool = False) -> None:
         """Run the backward pass from a vector of losses, one per sample."""
-        self._from_losses = self.begun = True
+        self._from_losses = True
         try:
             # in another thread than the forward's, the mode is not on
             with nullcontext() if self in modes() else self:
                 if self.create_graph:
                     self._refuse_unseen(losses)
+                    self.begun = True
                     torch.autograd.grad(losses, self.anchor, torch.ones_like(losses), create_graph=True, allow_unused=True)
                 else:
                     with unrecorded():
                         self._check_derivative(torch.autograd.backward, (losses,), {})
                         ones = torch.ones_like(losses)
+                    self.begun = True
                     self._through(torch.autograd.backward, _BACKWARD, (losses, ones, retain_graph), {})
         finally:
             self._from_losses = False
@@ -419,8 +415,13 @@ class Recording(Known, TorchFunctionMode):
                 "first `rec.backward`, or use a loop over samples."
             )
         for loss in [losses] if isinstance(losses, Tensor) else losses:
-            if names := [self._names_of[id(leaf)] for leaf in unseen_leaves(loss) if id(leaf) in self._names_of]:
-                raise UnsupportedOpError(f"{', '.join(sorted(names))}: {UNSEEN}")
+            leaves = unseen_leaves(loss)
+            refuse_unseen(leaves, self._names_of)
+            if any(isinstance(leaf, nn.Parameter) for leaf in leaves):
+                # of a module that was added in the meantime, perhaps
+                refuse_new_parameters(self.model, self.model.modules(), self._names_of)
+            if self._from_losses and not in_backward() and not any(leaf is self.anchor for leaf in leaves) and self.parameters:
+                refuse_elsewhere(leaf for leaf in leaves if self.where(leaf) is None)
 
     def aside(self) -> AbstractContextManager[None]:
         """Our own arithmetic by this recording's strategy, with a graph if its results are to be differentiated again."""
@@ -487,7 +488,6 @@ class Recording(Known, TorchFunctionMode):
         self.refuse_new_parameters()
         for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
             refuse_loss(self.kind(loss), self.loss_reduction)
-            self.begun = self.begun or self.where(loss) is not None
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, *default: Any) -> Any:

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from .collecting import Held
 from .factors import Factor
 from .joined import Joined
-from .quantities import Record, check_limit, clipping_weights, dense_in, total_norms
+from .quantities import Record
 from .recording import Recording
+from .results import check_limit, clipping_weights, dense_in, total_norms
 from .strategy import Strategy
 from .sums import Store, tensors_of
 
 Batch = Any
 LossFunction = Callable[[Any, Batch], Tensor]
+# Elements of small factors that wait for others, to be taken together.
+_MOST_WAITING = 2**20
 
 
 def per_sample_grads(
@@ -75,8 +78,8 @@ def per_sample_norms(
 ) -> Tensor:
     """The L2 norm of the gradient of every sample's loss, over all parameters, `(n,)`.
 
-    Each parameter's factor is dropped as soon as its squared norm is known. Arguments and errors as `per_sample_grads`, `strategy` as
-    `record`.
+    Each parameter's factor is dropped as soon as its squared norm is known; small ones wait for others, up to a million numbers in all.
+    Arguments and errors as `per_sample_grads`, `strategy` as `record`.
 
     Example:
         >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
@@ -86,10 +89,16 @@ def per_sample_norms(
     small, squares, held = Joined(), list[Tensor](), Held()
 
     def consume(name: str, factor: Factor) -> None:
-        if small.take(name, factor):
-            held.hold(factor)
-        else:
+        nonlocal small
+        if not small.take(name, factor):
             squares.append(factor.sq_norms())
+            return
+        held.hold(factor)
+        if small.size > _MOST_WAITING:
+            held.refuse_changed()
+            held.release()
+            squares.extend(small.sq_norms())
+            small = Joined()
 
     chosen = Strategy.of(strategy, None)
     rec = Record(Recording(model, batch_size=batch_size, batch_dim=batch_dim, consume=consume, strategy=chosen))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import VerificationError
-from .quantities import Record, clipping_weights, record
+from .quantities import Record, record
+from .results import clipping_weights
 from .streaming import Batch, LossFunction, clipped_grads, per_sample_norms
 
 Grads = dict[str, Tensor]

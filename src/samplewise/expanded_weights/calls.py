@@ -14,7 +14,7 @@ from samplewise.attaching import refuse_loss
 from samplewise.axes import Axis, Lost
 from samplewise.collecting import Shared
 from samplewise.errors import SamplewiseError
-from samplewise.quantities import dense_in
+from samplewise.results import dense_in
 from samplewise.taps import Tap
 
 from .checkpoints import follow_checkpoints, running_frames

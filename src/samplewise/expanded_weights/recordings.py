@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import get_gradient_edge
 
-from samplewise.attaching import refuse_hooks
+from samplewise.attaching import UNSEEN, refuse_hooks
 from samplewise.collecting import Collector, Shared, Source
 from samplewise.errors import SamplewiseError, UnsupportedOpError
 from samplewise.factors import Dense
-from samplewise.recording import UNSEEN, Recording
+from samplewise.recording import Recording
 from samplewise.running import accumulates, in_transform, modes
 from samplewise.taps import Factors, Grads
 

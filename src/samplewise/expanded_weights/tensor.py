@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from samplewise.axes import Axis, tensors_in
 from samplewise.collecting import Shared, leaves_of
 from samplewise.errors import SamplewiseError, UnsupportedOpError
-from samplewise.quantities import dense_in
 from samplewise.registry import Operation, operation
+from samplewise.results import dense_in
 from samplewise.sample_axis import ALIGNED, ELEMENTWISE, LOSSES
 from samplewise.taps import Enter, Tap
 

@@ -1,0 +1,56 @@
+"""What is handed to the user: norms from squared norms, weights that clip, gradients in memory of their own."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .factors import Factor, unexpanded
+from .sums import tensors_of
+
+
+def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """`min(1, max_grad_norm / norms)`; a zero norm gives 1."""
+    check_limit(max_grad_norm)
+    if max_grad_norm >= torch.finfo(norms.dtype).max:
+        # infinite in the type of the norms: a quotient of two infinities is no number
+        return torch.ones_like(norms)
+    return max_grad_norm / norms.clamp_min(max_grad_norm)
+
+
+def check_limit(max_grad_norm: float) -> None:
+    """Refuse a limit that is not positive."""
+    if not max_grad_norm > 0:
+        raise ValueError(f"clipping: max_grad_norm must be positive, got {max_grad_norm}")
+
+
+def total_norms(squares: list[Tensor], n: int, like: Tensor) -> Tensor:
+    """The norm over all parameters from the squared norms of some of them at a time."""
+    return root(torch.stack(squares or [like.new_zeros(n)]).sum(0))
+
+
+def root(squares: Tensor) -> Tensor:
+    """The square root, with derivative zero at zero as a norm has it."""
+    if not torch.is_grad_enabled():
+        # inner products of positions may leave a little less than zero
+        return squares.clamp_min(0).sqrt()
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), squares.clamp_min(0))
+
+
+def dense_in(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Tensor:
+    """All gradients of one parameter, in the tensor given for it, if there is one, or else in memory of their own."""
+    if out is not None:
+        return factor.write(out[name])
+    dense = factor.to_dense()
+    # autograd hands one tensor to several places, the user's hooks among them
+    cells = dense.untyped_storage()._cdata  # noqa: SLF001
+    shared = any(x.untyped_storage()._cdata == cells for x in tensors_of(factor))  # noqa: SLF001
+    return dense.clone() if shared else dense
+
+
+def as_autograd_has_it(x: Tensor, p: Tensor, *leading: int) -> Tensor:
+    """Sums laid out as the parameter is, which fused optimizers take for granted; entries of rows in memory of their own."""
+    if leading or x.stride() == p.stride():
+        return unexpanded(x)
+    return torch.empty_like(p.detach()).copy_(x)
