@@ -402,6 +402,13 @@ CASES: dict[str, Case] = {
     "alignment.broadcast: a mask of n by n": Case(
         net(lambda self, b: self.inner(b) @ self.inner(b).mT + MASK, x(N, N, D)), "^add: ", **AXES, kind=sw.SampleAxisError
     ),
+    "alignment.broadcast: a column and a row": Case(
+        net(lambda self, b: self.inner(b)[:, :1], losses=lambda m, b: (m(b) - WEIGHTS).square().mean(1)),
+        "^sub: ",
+        r"\(3, 1\) with samples on axis 0 and \(3,\)",
+        r"Is a `squeeze\(-1\)` missing",
+        kind=sw.SampleAxisError,
+    ),
     "alignment.stacked: two layouts": Case(
         net(lambda self, b: self.inner(torch.stack([b, b.transpose(0, 1)])), x(N, N, D)), "^stack: ", **AXES
     ),
@@ -414,10 +421,10 @@ CASES: dict[str, Case] = {
         "^cross_entropy_loss: ",
         **AXES,
     ),
-    "alignment.class_loss: as many class weights as samples": Case(
+    "alignment.class_loss: class weights that are made of samples": Case(
         net(
             lambda self, b: torch.cat([self.inner(b), b[:, :1]], 1),
-            losses=lambda m, b: F.cross_entropy(m(b), torch.zeros(N).long(), WEIGHTS, reduction="none"),
+            losses=lambda m, b: F.cross_entropy(m(b), torch.zeros(N).long(), b.abs().mean(1), reduction="none"),
         ),
         "^cross_entropy_loss: ",
         r"\(3, 3\) with samples on axis 0 and \(3,\) with samples on axis 0",
@@ -817,11 +824,34 @@ CASES: dict[str, Case] = {
         "reduction='none'",
         kind=ValueError,
     ),
-    "quantities.Record._check: no tensor": Case(
+    "errors.of_type: no tensor": Case(
         lambda: run(linear(), losses=lambda m, b: (squares(m, b), b)),
         "^backward: ",
         "got a tuple",
         "one loss per sample",
+        kind=TypeError,
+    ),
+    "errors.of_type: no model": Case(
+        lambda: sw.record(linear().parameters()), "^record: ", "got a generator", "expected a model", kind=TypeError
+    ),
+    "errors.of_type: no direction": Case(
+        quantity(lambda rec: rec.dot([1.0])), "^dot: ", "got a list", "expected a direction {name: tensor", kind=TypeError
+    ),
+    "errors.of_type: no record": Case(
+        quantity(lambda rec: rec.gram(x())), "^gram: ", "got a Tensor", "expected another record", kind=TypeError
+    ),
+    "errors.of_type: no projection": Case(
+        quantity(lambda rec: rec.project(128)),
+        "^project: ",
+        "got a int",
+        "expected a GaussianProjection or matrices",
+        kind=TypeError,
+    ),
+    "errors.of_type: no number": Case(
+        quantity(lambda rec: rec.clipped_sum("1")),
+        "^clipping: ",
+        "got a str",
+        "expected max_grad_norm as a number",
         kind=TypeError,
     ),
     "quantities.Record._check: all frozen": Case(

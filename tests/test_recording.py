@@ -891,3 +891,33 @@ def test_a_number_among_the_parameters_does_not_widen_the_result(dtype: torch.dt
         rec.backward(out.float().square().sum(1))
     assert seen == [model(b).dtype] == [dtype]
     torch.testing.assert_close(rec.grads()["s"].float(), b.float().square().sum(1), rtol=2e-2, atol=1e-2)
+
+
+CLASS_WEIGHTS = torch.tensor([0.2, 1.5, 0.7], dtype=torch.float64)
+BY_CLASS: dict[str, Losses] = {
+    "cross entropy": lambda m, b: F.cross_entropy(m(b), LABELS, CLASS_WEIGHTS, reduction="none"),
+    "its module": lambda m, b: nn.CrossEntropyLoss(CLASS_WEIGHTS, reduction="none")(m(b), LABELS),
+    "negative log likelihood": lambda m, b: F.nll_loss(m(b).log_softmax(1), LABELS, weight=CLASS_WEIGHTS, reduction="none"),
+    "of pixels": lambda m, b: F.cross_entropy(
+        m(b)[..., None].expand(-1, -1, 2), LABELS[:, None].expand(-1, 2), CLASS_WEIGHTS, reduction="none"
+    ).sum(1),
+    "margins": lambda m, b: F.multi_margin_loss(m(b), LABELS, weight=CLASS_WEIGHTS, reduction="none"),
+    "positive ones": lambda m, b: F.binary_cross_entropy_with_logits(
+        m(b), F.one_hot(LABELS, N).double(), pos_weight=CLASS_WEIGHTS, reduction="none"
+    ).sum(1),
+}
+LABELS = torch.tensor([1, 0, 2])
+
+
+@pytest.mark.parametrize("name", BY_CLASS)
+def test_as_many_weights_of_classes_as_samples(name: str) -> None:
+    """Twice, the second time by what is remembered of the first."""
+    for _ in range(2):
+        same(linear(D, N), x(), BY_CLASS[name])
+
+
+def test_class_weights_that_are_made_of_samples_are_refused_after_others() -> None:
+    """What was remembered was of others."""
+    same(linear(D, N), x(), BY_CLASS["cross entropy"])
+    with pytest.raises(sw.SampleAxisError, match="sample axes of two operands"):
+        same(linear(D, N), x(), lambda m, b: F.cross_entropy(m(b), LABELS, b.abs().mean(1), reduction="none"))

@@ -56,10 +56,13 @@ def _conflict(call: Call, a: Tensor, b: Tensor) -> str:
         assert isinstance(axis, Axis)
         return f"{tuple(x.shape)} with {axis}"
 
+    column = max(a.shape, b.shape, key=len)[1:] == (1,) and min(a.ndim, b.ndim) == 1
+    missing = " Is a `squeeze(-1)` missing?" if column else ""
     return (
         f"{call.name}: the sample axes of two operands fall on different places after broadcasting: {show(a)} and {show(b)}. "
         "If one of them does not depend on the samples (a mask or table made outside the model), say so with "
-        "`rec.constant(tensor)`; if its samples lie on another axis, with `rec.batched(tensor, dim)` (`rec` from `samplewise.record`)."
+        "`rec.constant(tensor)` (`rec` from `samplewise.record`), or let the model hold it (`register_buffer`); if its samples lie on "
+        f"another axis, with `rec.batched(tensor, dim)`.{missing}"
     )
 
 

@@ -11,13 +11,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .axes import HOST, Lost, tensors_in
 from .collecting import Shared, hooks_by
-from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
+from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError, of_type
 
 UNSEEN = (
     "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
     "compiled module, a derivative taken through a checkpoint or saved-tensor hooks, or a tensor computed before the recording began. "
     "Compute it inside the recording from ordinary ops, or give the op a rule with `samplewise.rule`."
 )
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a recording is about, by name."""
+    of_type("record", model, "a model", nn.Module)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -165,6 +171,14 @@ def refuse_elsewhere(leaves: Iterable[Tensor]) -> None:
             f"it, of shapes {', '.join(map(str, shapes))}. All gradients would be zero. Compute the losses by the recorded model, not by a "
             "copy of it, and with its own parameters (`functional_call` takes others)."
         )
+
+
+# Losses whose weights are one for each class, whether or not there are as many samples, and which argument these are.
+OF_CLASSES = {
+    **dict.fromkeys(["cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d"], (2, "weight")),
+    "multi_margin_loss": (4, "weight"),
+    "binary_cross_entropy_with_logits": (3, "pos_weight"),
+}
 
 
 def refuse_loss(kind: object, reduction: str) -> None:

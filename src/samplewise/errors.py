@@ -25,3 +25,9 @@ def one_of(name: str, value: str, *choices: str) -> None:
     """Refuse an argument of `record` that is none of the words it may be."""
     if value not in choices:
         raise ValueError(f"record: {name} is one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def of_type(call: str, value: object, expected: str, *kinds: type) -> None:
+    """Refuse an argument of another type."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{call}: expected {expected}, got a {type(value).__name__}")

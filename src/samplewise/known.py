@@ -160,6 +160,11 @@ class Known:
         self.declare(tensor, kind)
         return kind
 
+    def assume_constant(self, value: object) -> None:
+        """Take a tensor for a constant of which nothing is known but a shape that suggested something else."""
+        if isinstance(value, Tensor) and isinstance(self.kind(value), Axis) and self._noted.get(value) == 0:
+            self.declare(value, CONSTANT)
+
     def by_shape(self, tensor: Tensor) -> Axis | None:
         """The declared axis, where it has the batch size."""
         place = place_of(tensor, self.batch_dim)

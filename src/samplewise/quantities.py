@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import rules as _rules  # noqa: F401  (fills the tables)
 from .axes import Axis, Lost, Where
 from .coverage import Coverage
-from .errors import SampleAxisError, SamplewiseError
+from .errors import SampleAxisError, SamplewiseError, of_type
 from .factors import HALF, Factor, expanded, meeting, wide
 from .joined import Joined
 from .known import DECLARED_CONSTANT
@@ -111,8 +111,7 @@ class Record:
         recording.backward(losses, retain_graph=retain_graph)
 
     def _check(self, losses: Tensor) -> None:
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"backward: expected a tensor of one loss per sample, got a {type(losses).__name__}")
+        of_type("backward", losses, "a tensor of one loss per sample", Tensor)
         n, where = self._recording.n, self._recording.where(losses)
         if n is None:
             raise SampleAxisError(
@@ -245,6 +244,7 @@ class Record:
         Raises:
             ValueError: If a name is unknown, a shape differs, or one is real and the other complex.
         """
+        of_type("dot", direction, "a direction {name: tensor of the parameter's shape}", Mapping)
         self._check_names("dot", direction)
         with self._recording.aside():
             terms = [factor.dot(direction[name]) for name, factor in self.factors().items() if name in direction]
@@ -257,6 +257,7 @@ class Record:
             ValueError: If the other record has other parameters, or theirs have other shapes or types.
         """
         other = self if other is None else other
+        of_type("gram", other, "another record of the same model", Record)
         if set(other._recording.parameters) != set(self._recording.parameters):  # noqa: SLF001
             raise ValueError(
                 "gram: the two records have different parameters: only one has "
@@ -275,6 +276,7 @@ class Record:
         Raises:
             ValueError: If a name is unknown, a shape or the number of rows differs, or one is real and the other complex.
         """
+        of_type("project", projection, "a GaussianProjection or matrices {name: (k, *shape)}", GaussianProjection, Mapping)
         factors = self.factors()
         with self._recording.aside():
             if isinstance(projection, GaussianProjection):

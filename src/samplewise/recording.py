@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .attaching import (
+    OF_CLASSES,
     Entrance,
     common_size,
     held_tensors,
@@ -29,6 +30,7 @@ from .attaching import (
     refuse_new_parameters,
     refuse_unrecordable,
     refuse_unseen,
+    trainable,
 )
 from .axes import Axis, Call, Lost, tensors_in
 from .buffers import keep_freed_memory
@@ -75,9 +77,8 @@ class Recording(Known, TorchFunctionMode):
         one_of("fallback", fallback, "allow", "error")
         one_of("loss_reduction", loss_reduction, "sum", "mean")
         Known.__init__(self, batch_size, batch_dim)
-        self.model = model
-        self.loss_reduction, self.fallback, self.create_graph = loss_reduction, fallback, create_graph
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.model, self.loss_reduction, self.fallback, self.create_graph = model, loss_reduction, fallback, create_graph
+        self.parameters = trainable(model)
         self.strategy = strategy or Strategy()
         self.collector = Collector(self.parameters, consume, create_graph=create_graph, store=store)
         self._anchor_node = get_gradient_edge(self.anchor).node
@@ -253,6 +254,8 @@ class Recording(Known, TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
+        if op.name in OF_CLASSES:
+            self.assume_constant(_argument(args, kwargs, *OF_CLASSES[op.name], None))
         key = None if self.n is None else key_of(op, self.n, args, kwargs, self.kind)
         out = self._like_before(func, args, kwargs, key)
         if out is not NotImplemented:
@@ -295,7 +298,8 @@ class Recording(Known, TorchFunctionMode):
                 key is not None
                 and "out" not in kwargs
                 and not op.others_written(args, kwargs)
-                and (not op.inplace or self._is_as_before(call, target))
+                # of a target that is what it was nothing has to be said
+                and (not op.inplace or (target is not None and call.known[id(target)] == self.where(target)))
             ):
                 remember(key, [self.kind(x) for x in call.results])
         return out
@@ -313,10 +317,6 @@ class Recording(Known, TorchFunctionMode):
             if self._kinds.get(x) is None:
                 self.declare(x, kind)  # type: ignore[arg-type]
         return out
-
-    def _is_as_before(self, call: Call, target: Tensor | None) -> bool:
-        """Whether the target of an in-place op is what it was: if so, of a call like it nothing has to be said."""
-        return target is not None and call.known[id(target)] == self.where(target)
 
     def _mark(self, op: Operation, call: Call, out: Any, shared: list[Tensor], target: Tensor | None) -> None:
         """Note what the results, or the targets of an in-place op, are now."""

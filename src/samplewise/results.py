@@ -1,10 +1,12 @@
 """What is handed to the user: norms from squared norms, weights that clip, gradients in memory of their own."""
 
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from .errors import of_type
 from .factors import Factor, unexpanded
 from .sums import tensors_of
 
@@ -20,6 +22,7 @@ def clipping_weights(norms: Tensor, max_grad_norm: float) -> Tensor:
 
 def check_limit(max_grad_norm: float) -> None:
     """Refuse a limit that is not positive."""
+    of_type("clipping", max_grad_norm, "max_grad_norm as a number", Real, Tensor)
     if not max_grad_norm > 0:
         raise ValueError(f"clipping: max_grad_norm must be positive, got {max_grad_norm}")
 
