@@ -3,7 +3,10 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.utils.data import TensorDataset
 import samplewise
 from samplewise.attribution import ScoreTask
 
+README = Path(__file__).parents[1] / "README.md"
 # kernels need Triton, and nothing in them is public
 MODULES = [
     m.name for m in pkgutil.walk_packages(samplewise.__path__, "samplewise.") if not m.name.endswith(("__main__", ".kernels"))
@@ -49,3 +53,14 @@ def test_examples_run(name: str) -> None:
 
 def test_there_are_examples() -> None:
     assert sum(doctest.testmod(importlib.import_module(name), extraglobs=NAMES).attempted for name in MODULES) > 20
+
+
+def test_the_readme_s_first_examples_run() -> None:
+    """Ten lines, and a private step that changes the model of theirs."""
+    ten_lines, step = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:2]
+    names: dict[str, Any] = {}
+    exec(ten_lines, names)
+    before = [p.detach().clone() for p in names["model"].parameters()]
+    exec(step, names)
+    torch.testing.assert_close(names["norms"], names["rec"].norms())
+    assert all((p - old).abs().max() > 0 for p, old in zip(names["model"].parameters(), before, strict=True))
