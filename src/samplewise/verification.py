@@ -108,7 +108,10 @@ def verify(
 def _batch_size(batch: Batch) -> int:
     tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim]
     if not tensors or not tensors[0].shape[0]:
-        raise ValueError("verify: the batch needs at least one tensor with samples on axis 0, and found none")
+        raise ValueError(
+            "verify: the batch needs at least one tensor with samples on axis 0, and found none in a "
+            f"{type(batch).__name__}. Give tensors, or nested tuples, lists and dicts of them (`dict(batch)`)."
+        )
     return tensors[0].shape[0]
 
 
