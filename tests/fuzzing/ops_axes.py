@@ -131,7 +131,8 @@ def pool(net, x, k):
         lambda: x.unbind(dim)[-1],
         lambda: x.square().sum(dim),
         lambda: torch.einsum(x, [0, 1, 2], [i for i in range(3) if i != dim]),
-        lambda: x.median(dim)[0],
+        # of an expanded axis torch's median reads other memory
+        lambda: x.contiguous().median(dim)[0],
         lambda: x.std(dim, correction=0) if x.shape[dim] > 1 else x.sum(dim),
     )
     return net.to({"BTD": "BD", "TBD": "BD", "TDB": "DB", "BCT": "BD"}[net.layout], out)
