@@ -921,3 +921,31 @@ def test_class_weights_that_are_made_of_samples_are_refused_after_others() -> No
     same(linear(D, N), x(), BY_CLASS["cross entropy"])
     with pytest.raises(sw.SampleAxisError, match="sample axes of two operands"):
         same(linear(D, N), x(), lambda m, b: F.cross_entropy(m(b), LABELS, b.abs().mean(1), reduction="none"))
+
+
+def written_by_samples(m: nn.Module, b: Tensor) -> Tensor:
+    weights, out = torch.zeros_like(CLASS_WEIGHTS), m(b)
+    return F.cross_entropy(out, LABELS, weights.copy_(out.detach().abs().mean(1)), reduction="none")
+
+
+def written_from_outside(m: nn.Module, b: Tensor) -> Tensor:
+    out = m(b)
+    return F.cross_entropy(out, LABELS, OUTSIDE.copy_(out.detach().abs().mean(1)), reduction="none")
+
+
+OUTSIDE = torch.zeros(N, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("losses", [written_by_samples, written_from_outside])
+def test_class_weights_that_samples_were_written_to_are_refused(losses: Losses) -> None:
+    model = linear(D, N)
+    with pytest.raises(sw.SampleAxisError, match="sample axes of two operands"), sw.record(model) as rec:
+        rec.backward(losses(model, x()))
+
+
+def test_class_weights_that_are_declared_as_samples_are_refused() -> None:
+    model, weights = linear(D, N), CLASS_WEIGHTS.clone()
+    with pytest.raises(sw.SampleAxisError, match="sample axes of two operands"), sw.record(model) as rec:  # noqa: PT012
+        out = model(x() + 0 * weights.sum())
+        rec.batched(weights)
+        F.cross_entropy(out, LABELS, weights, reduction="none")

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samplewise as sw
-from samplewise.factors import meeting
+from samplewise.factors import Dense, meeting
+from samplewise.joined import Joined
 
 N, T, D = 3, 5, 4
 
@@ -232,6 +233,44 @@ class Turned(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         return F.linear(F.linear(batch, self.weight.t()).tanh(), self.second.t())
+
+
+class Given(nn.Module):
+    """A product with a weight that lies in memory as it was given, beside one that is not used."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.unused = nn.Parameter(weight), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return F.linear(batch, self.weight)
+
+
+NOT_DENSE = {
+    "rows left out": lambda: x(4, 6).t()[::2],
+    "columns left out": lambda: x(8, 3).t()[:, ::2],
+    "dense": lambda: x(4, 3).t(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_DENSE)
+def test_sums_of_weights_that_are_not_dense(name: str) -> None:
+    """In a row, as autograd has them; zeros are laid out as gradients too."""
+    model = Given(NOT_DENSE[name]()).double()
+    batch = x(5, model.weight.shape[1])
+    squares(model, batch).sum().backward()
+    sums, _ = sw.clipped_grads(model, squares, batch, max_grad_norm=1e9)
+    assert model.weight.grad is not None
+    torch.testing.assert_close(sums["weight"], model.weight.grad)
+    assert sums["weight"].stride() == model.weight.grad.stride()
+    assert sums["unused.weight"].stride() == model.unused.weight.stride()
+
+
+def test_what_waits_counts_with_all_its_memory() -> None:
+    joined = Joined()
+    with torch.no_grad():
+        assert joined.take("a", Dense(x(100, D)[:2]))
+    assert joined.size == 100 * D
 
 
 LAID_OUT = {

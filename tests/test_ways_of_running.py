@@ -564,6 +564,45 @@ def test_losses_of_another_model_are_refused(losses, create_graph):
         recorded(model, batch, losses, batch_size=N, create_graph=create_graph)
 
 
+@pytest.mark.parametrize("losses", [with_its_own_parameters_cloned, by_a_copy])
+def test_a_backward_of_another_model_is_none_of_this_one(losses):
+    model, batch = mlp(), normal(N, 4)
+    with sw.record(model, batch_size=N) as rec:
+        losses(model, batch).sum().backward()
+    with pytest.raises(sw.SamplewiseError, match="no backward pass"):
+        rec.norms()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_another_model_may_have_a_backward_of_its_own(first):
+    """By `loss.backward()`, before or after that of the recorded model, or by `rec.backward` after it."""
+    model, other, batch = mlp(), nn.Linear(2, 1).double(), normal(N, 4)
+    with sw.record(model) as rec:
+        out = model(batch)
+        if first:
+            other(out.detach()).sum().backward()
+        rec.backward(squares(lambda _: out, batch), retain_graph=True)
+        rec.backward(other(out.detach()).square().sum(1), retain_graph=True)
+        other(out.detach()).sum().backward()
+    agree(rec, alone(model, batch))
+
+
+class Dummy(nn.Module):
+    """A reentrant checkpoint of samples that require no grad, as is usual: by a tensor that does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x):
+        return checkpoint(lambda y, _: self.inner(y), x, torch.ones(1, requires_grad=True), use_reentrant=True)
+
+
+def test_a_reentrant_checkpoint_hides_the_parameters_until_its_backward():
+    model, batch = Dummy(), normal(N, 4)
+    agree(recorded(model, batch), alone(model, batch))
+
+
 def test_another_model_may_have_a_part_in_the_losses():
     """It gets its ordinary gradient; ours are those of the losses."""
     model, head, batch = mlp(), nn.Linear(2, 3).double(), normal(N, 4)

@@ -169,7 +169,7 @@ def refuse_elsewhere(leaves: Iterable[Tensor]) -> None:
         raise SamplewiseError(
             "backward: the losses reach no trainable parameter of the recorded model, but tensors that require grad and are no part of "
             f"it, of shapes {', '.join(map(str, shapes))}. All gradients would be zero. Compute the losses by the recorded model, not by a "
-            "copy of it, and with its own parameters (`functional_call` takes others)."
+            "copy of it, and with its own parameters (`functional_call` takes others). A batch in which nothing of it is used has zeros."
         )
 
 

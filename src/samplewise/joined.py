@@ -21,7 +21,7 @@ class Joined:
     """Factors of small gradients: dense ones side by side, products of one size as groups of one product."""
 
     def __init__(self) -> None:
-        # in elements, of all that is kept for them
+        # in elements, of all memory that is kept for them: small factors may be parts of large tensors
         self.size = 0
         self._factors: dict[Kind, dict[str, Factor]] = {}
         # one for all of a kind, once that was asked for
@@ -40,7 +40,7 @@ class Joined:
             return False
         self._factors.setdefault(kind, {})[name] = factor
         self._as_one.pop(kind, None)
-        self.size += sum(x.numel() for x in tensors_of(factor))
+        self.size += sum(x.untyped_storage().nbytes() // x.itemsize for x in tensors_of(factor))
         return True
 
     def sq_norms(self) -> list[Tensor]:
@@ -54,7 +54,9 @@ class Joined:
             total = self._of(kind).weighted_sum(weights)
             del self._as_one[kind]
             parts = total.split([_length(factor) for factor in factors.values()])
-            sums |= {name: part.reshape(factor.shape) for (name, factor), part in zip(factors.items(), parts, strict=True)}
+            sums |= {
+                name: part.reshape(factor.shape).detach() for (name, factor), part in zip(factors.items(), parts, strict=True)
+            }
         return sums
 
     def _of(self, kind: Kind) -> Factor:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from .attaching import place_of
+from .attaching import packed_owners, place_of
 from .axes import Axis, Lost, Where, tensors_in
 from .collecting import Shared, Source, leaves_of
 from .notes import Notes
@@ -49,6 +50,8 @@ class Known:
         self._changed: dict[int, Change] = {}
         self._clock = 0
         self._lost: list[weakref.ref[Tensor]] = []
+        # what the shapes of tensors from outside suggested, and the versions that they had
+        self._guesses: Notes[tuple[Kind, int]] = Notes()
 
     def declare(self, tensor: Tensor, kind: Kind) -> None:
         """Say what a tensor is, whatever its shape suggests."""
@@ -122,6 +125,19 @@ class Known:
             self.declare(grad, where)
         return grad
 
+    def leaves_elsewhere(self, losses: Any) -> list[Tensor]:
+        """The leaves that losses reach in place of parameters of the model: of another one, perhaps."""
+        leaves = [leaf for loss in tensors_in((losses,)) for leaf in leaves_of(loss)]
+        return [] if any(leaf is self.anchor for leaf in leaves) else [leaf for leaf in leaves if self.where(leaf) is None]
+
+    def _enter_packed(self, sequence: PackedSequence) -> None:
+        """The rows of a packed sequence, and the orders that lead to it and back."""
+        n = self.n or 0
+        self.declare(sequence.data, Axis.of_rows(0, packed_owners(sequence, n), n))
+        for x in (sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices):
+            if x is not None:
+                self.declare(x, CONSTANT)
+
     def note_gradients(self, outputs: Any, inputs: Any, directions: Any, grads: Any) -> None:
         """Note what the results of `torch.autograd.grad` are: their samples are where those of the inputs are."""
         mixed = self.mixes(outputs, directions)
@@ -162,7 +178,10 @@ class Known:
 
     def assume_constant(self, value: object) -> None:
         """Take a tensor for a constant of which nothing is known but a shape that suggested something else."""
-        if isinstance(value, Tensor) and isinstance(self.kind(value), Axis) and self._noted.get(value) == 0:
+        if not isinstance(value, Tensor) or not isinstance(kind := self.kind(value), Axis):
+            return
+        guess = self._guesses.get(value)
+        if guess is not None and guess[0] is kind and guess[1] == value._version:  # noqa: SLF001
             self.declare(value, CONSTANT)
 
     def by_shape(self, tensor: Tensor) -> Axis | None:
@@ -203,6 +222,8 @@ class Known:
             shared = (other for ref in self._lost if (other := ref()) is not None and other.untyped_storage()._cdata == cells)  # noqa: SLF001
             kind = next((where for other in shared if isinstance(where := self.where(other), Lost)), kind)
         self.declare(tensor, kind)
+        if isinstance(kind, Axis) and not tensor.is_inference():
+            self._guesses[tensor] = kind, tensor._version  # noqa: SLF001
         # it may be older than any change
         self._noted[tensor] = 0
         return kind

@@ -317,11 +317,7 @@ class Record:
         filled: dict[str, Tensor] = {}
         for name, p in self._recording.parameters.items():
             if out is None:
-                filled[name] = (
-                    as_autograd_has_it(found[name].to(p.dtype), p, *leading)
-                    if name in found
-                    else p.new_zeros((*leading, *p.shape))
-                )
+                filled[name] = as_autograd_has_it(found.get(name), p, *leading)
             elif name not in found:
                 filled[name] = out[name].zero_()
             else:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +21,6 @@ from .attaching import (
     common_size,
     held_tensors,
     is_packed,
-    packed_owners,
     refuse_elsewhere,
     refuse_hooks,
     refuse_hooks_on_nodes,
@@ -168,14 +166,6 @@ class Recording(Known, TorchFunctionMode):
             for x in tensors_in(out):
                 self.declare(x, Lost(op.name))
 
-    def _enter_packed(self, sequence: PackedSequence) -> None:
-        """The rows of a packed sequence, and the orders that lead to it and back."""
-        n = self.n or 0
-        self.declare(sequence.data, Axis.of_rows(0, packed_owners(sequence, n), n))
-        for x in (sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices):
-            if x is not None:
-                self.declare(x, CONSTANT)
-
     def _watch(self) -> None:
         """Look out for uses of parameters that the recording does not see: here, in the graph of every loss."""
 
@@ -207,6 +197,9 @@ class Recording(Known, TorchFunctionMode):
                 self._check_derivative(func, args, kwargs)
             with self:
                 out = self._through(func, inner, args, kwargs)
+            if func is torch.autograd.backward and self.collector.empty and not in_backward():
+                # of another model it is no backward of this one
+                self.begun = self.begun and not self.leaves_elsewhere(_argument(args, kwargs, 0, "tensors"))
             if func is torch.autograd.grad:
                 ys, xs, vs = (_argument(args, kwargs, k, name, None) for k, name in enumerate(_OF_GRAD))
                 self.note_gradients(ys, xs, vs, out)
@@ -387,6 +380,11 @@ class Recording(Known, TorchFunctionMode):
                         ones = torch.ones_like(losses)
                     self.begun = True
                     self._through(torch.autograd.backward, _BACKWARD, (losses, ones, retain_graph), {})
+                with unrecorded():
+                    others = self.leaves_elsewhere(losses) if self.collector.empty and self.parameters else []
+                if others:
+                    self.begun = False
+                    refuse_elsewhere(others)
         finally:
             self._from_losses = False
 
@@ -420,8 +418,6 @@ class Recording(Known, TorchFunctionMode):
             if any(isinstance(leaf, nn.Parameter) for leaf in leaves):
                 # of a module that was added in the meantime, perhaps
                 refuse_new_parameters(self.model, self.model.modules(), self._names_of)
-            if self._from_losses and not in_backward() and not any(leaf is self.anchor for leaf in leaves) and self.parameters:
-                refuse_elsewhere(leaf for leaf in leaves if self.where(leaf) is None)
 
     def aside(self) -> AbstractContextManager[None]:
         """Our own arithmetic by this recording's strategy, with a graph if its results are to be differentiated again."""

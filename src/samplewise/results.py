@@ -52,8 +52,21 @@ def dense_in(name: str, factor: Factor, out: Mapping[str, Tensor] | None) -> Ten
     return dense.clone() if shared else dense
 
 
-def as_autograd_has_it(x: Tensor, p: Tensor, *leading: int) -> Tensor:
-    """Sums laid out as the parameter is, which fused optimizers take for granted; entries of rows in memory of their own."""
+def as_autograd_has_it(found: Tensor | None, p: Tensor, *leading: int) -> Tensor:
+    """Sums (None for zeros) in the parameter's type, laid out as autograd lays a gradient out, which fused optimizers take for granted.
+
+    With leading axes rows of gradients, in memory of their own.
+    """
+    if found is None:
+        return p.new_zeros((*leading, *p.shape)) if leading else gradient_like(p).zero_()
+    x = found.to(p.dtype)
     if leading or x.stride() == p.stride():
         return unexpanded(x)
-    return torch.empty_like(p.detach()).copy_(x)
+    like = gradient_like(p)
+    return unexpanded(x) if x.stride() == like.stride() else like.copy_(x)
+
+
+def gradient_like(p: Tensor) -> Tensor:
+    """Memory for a gradient: laid out as the parameter, if that is dense, or else in a row."""
+    like = torch.empty_like(p.detach())
+    return like if like.stride() == p.stride() else torch.empty(p.shape, dtype=p.dtype, device=p.device)
