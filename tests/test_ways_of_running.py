@@ -573,6 +573,16 @@ def test_a_backward_of_another_model_is_none_of_this_one(losses):
         rec.norms()
 
 
+@pytest.mark.parametrize("backward", [lambda rec, losses: rec.backward(losses), lambda _, losses: losses.sum().backward()])
+def test_a_frozen_model_has_no_gradients(backward):
+    """Whatever else is trained, a prompt perhaps."""
+    model, prompt = mlp().requires_grad_(False), normal(4).requires_grad_()
+    with sw.record(model) as rec:
+        backward(rec, squares(model, normal(N, 4) + prompt))
+    assert rec.grads() == {}
+    assert rec.norms().equal(torch.zeros(N))
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_another_model_may_have_a_backward_of_its_own(first):
     """By `loss.backward()`, before or after that of the recorded model, or by `rec.backward` after it."""

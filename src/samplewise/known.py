@@ -126,7 +126,9 @@ class Known:
         return grad
 
     def leaves_elsewhere(self, losses: Any) -> list[Tensor]:
-        """The leaves that losses reach in place of parameters of the model: of another one, perhaps."""
+        """The leaves that losses reach in place of parameters of the model, if it has any: of another one, perhaps."""
+        if not self.sources:
+            return []
         leaves = [leaf for loss in tensors_in((losses,)) for leaf in leaves_of(loss)]
         return [] if any(leaf is self.anchor for leaf in leaves) else [leaf for leaf in leaves if self.where(leaf) is None]
 

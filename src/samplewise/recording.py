@@ -141,6 +141,7 @@ class Recording(Known, TorchFunctionMode):
             self._take_samples(args, kwargs)
 
     def _take_samples(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note where the samples are in the arguments of the model's forward, and in what was made before it."""
         tensors_alone = not kwargs and all(type(x) is Tensor for x in args)
         given = args if tensors_alone else tree_leaves((args, kwargs), is_leaf=is_packed)
         inputs, packed = [x for x in given if isinstance(x, Tensor)], [x for x in given if is_packed(x)]
@@ -381,7 +382,7 @@ class Recording(Known, TorchFunctionMode):
                     self.begun = True
                     self._through(torch.autograd.backward, _BACKWARD, (losses, ones, retain_graph), {})
                 with unrecorded():
-                    others = self.leaves_elsewhere(losses) if self.collector.empty and self.parameters else []
+                    others = self.leaves_elsewhere(losses) if self.collector.empty else []
                 if others:
                     self.begun = False
                     refuse_elsewhere(others)
