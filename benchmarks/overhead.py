@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import samplewise as sw
 from by_hand import Collected, with_layers
+from samplewise.taps import Seen
 from workloads import GPT, gpt, token_losses
 
 LENGTH, WIDTH = 100, 8
@@ -43,20 +43,6 @@ CHAINS = {
     "linear": Chain(lambda m, x: m(x), lambda: nn.Linear(WIDTH, WIDTH)),
     "layer norm": Chain(lambda m, x: m(x), lambda: nn.LayerNorm(WIDTH)),
 }
-
-
-class Nothing(torch.autograd.Function):
-    """An op of autograd in Python that does nothing."""
-
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        """The same."""
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(_: Any, grad: Tensor) -> Tensor:
-        """The same."""
-        return grad
 
 
 class Deep(nn.Module):
@@ -179,7 +165,7 @@ def main() -> None:
         print(f"| {name} | {per_op(ours, chain, options.repeats)} |")
     print(f"| linear, by hand | {per_op(by_hand, CHAINS['linear'], options.repeats)} |")
     print(
-        f"| a function that does nothing, plain | {per_op(plain, Chain(lambda _, x: Nothing.apply(x)), options.repeats, nothing)} |"
+        f"| a function that does nothing, plain | {per_op(plain, Chain(lambda _, x: Seen.apply(x)), options.repeats, nothing)} |"
     )
     forward, backward = overhead(ours, CHAINS["view"], 0, options.repeats)
     print(f"| the recording itself | {forward:.0f} | {backward:.0f} |")

@@ -163,14 +163,13 @@ def refuse_unseen(leaves: Iterable[Tensor], names: Mapping[int, str]) -> None:
 
 
 def refuse_elsewhere(leaves: Iterable[Tensor]) -> None:
-    """Refuse losses that reach no parameter of the model, but other leaves: such are of another model."""
+    """Refuse losses that reached these leaves and no parameter of the model: such are of another model."""
     shapes = sorted({tuple(leaf.shape) for leaf in leaves})
-    if shapes:
-        raise SamplewiseError(
-            "backward: the losses reach no trainable parameter of the recorded model, but tensors that require grad and are no part of "
-            f"it, of shapes {', '.join(map(str, shapes))}. All gradients would be zero. Compute the losses by the recorded model, not by a "
-            "copy of it, and with its own parameters (`functional_call` takes others). A batch in which nothing of it is used has zeros."
-        )
+    raise SamplewiseError(
+        "backward: the losses reach no trainable parameter of the recorded model, but tensors that require grad and are no part of "
+        f"it, of shapes {', '.join(map(str, shapes))}. All gradients would be zero. Compute the losses by the recorded model, not by a "
+        "copy of it, and with its own parameters (`functional_call` takes others). A batch in which nothing of it is used has zeros."
+    )
 
 
 # Losses whose weights are one for each class, whether or not there are as many samples, and which argument these are.
