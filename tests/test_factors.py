@@ -200,7 +200,9 @@ def test_grams_lie_samples_last(t: int, n: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_fold_at_once_is_that_of_parts(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samplewise.factors._CACHED", 1)
-    monkeypatch.setattr("samplewise.convolutional.ways", lambda g, size, _: Ways(False, True, 0, math.prod(g.shape) * size))
+    monkeypatch.setattr(
+        "samplewise.convolutional.ways", lambda g, size, *_, **__: Ways(False, False, True, 0, math.prod(g.shape) * size)
+    )
     images, grad = x(3, 4, 6, 5), x(3, 2, 6, 5)
     factor = Convolution(grad, images, Size((2, 4 // groups, 3, 3)), (1, 1), (1, 1), (1, 1), groups)
     with torch.no_grad():

@@ -18,6 +18,22 @@ GRAMS = {
     "parts": "*fp32",
     **dict.fromkeys(("t", "o", "i", "pairs", "left_m", "left_t", "left_o", "right_m", "right_t", "right_i"), "i32"),
 }
+SUMS = {
+    **dict.fromkeys(("grad", "input", "mean", "rstd", "scale", "shift"), "*bf16"),
+    **dict.fromkeys(("size", "positions", "blocks", "by_n", "by_k", "by_p", "mean_n", "mean_p", "common"), "i32"),
+}
+
+
+def types_of(name: str, pointers: dict[str, str], *constants: str) -> dict[str, str]:
+    """Of pointers as they are given, of all others whole numbers."""
+    return pointers | dict.fromkeys({*getattr(kernels, name).arg_names} - pointers.keys() - {*constants}, "i32")
+
+
+PATCHES = types_of(
+    "_patch_products", {**dict.fromkeys(("grad", "image", "out"), "*bf16"), "parts": "*fp32"}, "size", "block_p", "written"
+)
+PADDED = types_of("_padded", dict.fromkeys(("image", "out"), "*bf16"), "block")
+SCALED = types_of("_scaled", {"weights": "*fp32", **dict.fromkeys(("rows", "out"), "*bf16")}, "block")
 # Triton takes an argument that is 1 for a constant, and one beyond 32 bits for another type.
 VARIANTS = [
     ("_weighted_rows", ROWS, {"block": 1024}),
@@ -26,6 +42,13 @@ VARIANTS = [
     ("_gram_norms", GRAMS, {"block": 128, "step": 64}),
     ("_gram_norms", GRAMS, {"left_o": 1, "right_i": 1, "pairs": 1, "block": 16, "step": 64}),
     ("_gram_norms", {**GRAMS, "left_m": "i64"}, {"t": 1, "o": 1, "i": 1, "block": 16, "step": 64}),
+    ("_patch_products", PATCHES, {"size": 64, "block_p": 64, "written": False}),
+    ("_patch_products", PATCHES, {"kernel_d": 1, "step_w": 1, "spread_w": 1, "size": 128, "block_p": 32, "written": True}),
+    ("_padded", PADDED, {"depth": 1, "out_depth": 1, "block": 4096}),
+    ("_padded", {**PADDED, "depth": "i64"}, {"block": 4096}),
+    ("_norm_sums", SUMS, {"by_p": 1, "block_k": 4, "block_p": 1024}),
+    ("_norm_sums", {**SUMS, "mean": "*fp32", "rstd": "*fp32"}, {"by_k": 1, "mean_p": 1, "block_k": 64, "block_p": 64}),
+    ("_scaled", SCALED, {"block": 4096}),
 ]
 
 
@@ -40,6 +63,7 @@ def test_they_compile(name: str, types: dict[str, str], constants: dict[str, int
 
 NUMBERS = """
 import contextlib, torch
+from torch.nn import functional as F
 from samplewise import kernels
 torch.cuda.device = lambda _: contextlib.nullcontext()
 
@@ -54,6 +78,39 @@ for m, t, o, i in [(3, 37, 20, 50), (2, 1, 5, 7), (2, 130, 9, 70), (1, 300, 64, 
 for n, p in [(1, 1), (3, 1), (5, 1024), (16, 3000)]:
     weights, rows = torch.rand(2 * n)[::2], torch.randn(n, p).half()
     near(kernels.weighted_rows(weights, rows), weights.double() @ rows.double(), 1e-3)
+    near(kernels.scaled(weights, rows), weights.double()[:, None] * rows.double(), 1e-3)
+for c, o, size, kernel, stride, padding, dilation in [
+    (5, 7, (9, 8), (3, 3), (1, 1), (1, 1), (1, 1)),
+    (16, 70, (10, 11), (3, 2), (2, 1), (0, 1), (1, 2)),
+    (4, 70, (50,), (5,), (2,), (2,), (1,)),
+    (3, 4, (5, 6, 4), (2, 3, 2), (1, 2, 1), (1, 0, 1), (1, 1, 2)),
+    (64, 64, (8, 8), (1, 1), (2, 2), (0, 0), (1, 1)),
+]:
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+    x, weight = torch.randn(2, c, *size).half(), torch.randn(o, c, *kernel).double().requires_grad_()
+    y = convolution(x.double(), weight, None, stride, padding, dilation)
+    grad = torch.randn_like(y).half()
+    wanted = torch.stack([torch.autograd.grad(y[i], weight, grad[i].double(), retain_graph=True)[0] for i in range(2)])
+    padded = kernels.padded(x, padding)
+    assert torch.equal(padded, F.pad(x, [pad for pad in reversed(padding) for _ in range(2)]))
+    out = torch.full((2, *weight.shape), float("nan")).half()
+    squares = kernels.patch_products(grad, padded, kernel, stride, dilation, out)
+    near(out, wanted, 2e-3)
+    near(squares, wanted.flatten(1).square().sum(1), 1e-5)
+    near(kernels.patch_products(grad, padded, kernel, stride, dilation), wanted.flatten(1).square().sum(1), 1e-5)
+for n, t, d in [(3, 5, 7), (2, 200, 70), (1, 1, 1), (2, 3, 768)]:
+    grad, x = torch.randn(2, n, t, d).half()
+    mean, rstd = torch.randn(n, t, 1), torch.rand(n, t, 1)
+    scale, shift = kernels.norm_sums(grad.mT, x.mT, mean, rstd, (t, 1, d))
+    near(scale, (grad.double() * (x.double() - mean) * rstd).sum(1), 2e-3)
+    near(shift, grad.double().sum(1), 2e-3)
+for n, c, groups, p in [(3, 6, 2, 5), (2, 70, 7, 1300), (1, 4, 4, 1), (2, 64, 8, 16)]:
+    grad, x = torch.randn(2, n, c, p).half()
+    mean, rstd = torch.randn(n, groups).half(), torch.rand(n, groups).half()
+    scale, shift = kernels.norm_sums(grad, x, mean, rstd, (groups, 0, c // groups))
+    of_channel = [y.double().repeat_interleave(c // groups, 1)[..., None] for y in (mean, rstd)]
+    near(scale, (grad.double() * (x.double() - of_channel[0]) * of_channel[1]).sum(2), 2e-3)
+    near(shift, grad.double().sum(2), 2e-3)
 """
 
 

@@ -10,6 +10,9 @@ from .strategy import Rates
 
 # Channels that a convolution's kernels work on at once: fewer cost as much.
 LANES = 16
+# The same of our own kernel for CUDA, of few or many outputs and of columns of a patch; what it takes to begin, in positions; and its
+# flop/s, in those of batched products (measured on an H200: 0.28 to 0.43).
+_FEW, _MANY, _BEGINNING, _OWN_KERNEL = 64, 128, 128, 0.3
 # Passes over memory that jump from run to run, in those of one that does not (measured with 2 threads and AVX512).
 _JUMPING = 2.5
 
@@ -19,25 +22,30 @@ class Ways(NamedTuple):
 
     # norms from inner products of positions, and not from gradients formed for the moment
     gram: bool
+    # gradients by our own kernel
+    own: bool
     # gradients by one convolution with the samples as groups, and not from patches
     folds: bool
-    # what patches take for each sample in bytes, where gradients are formed from them, and what the gradients take
+    # what patches take for each sample in bytes, where gradients are formed from them (the image, by our own kernel), and the gradients
     patches: int
     gradients: int
 
     @property
     def tile(self) -> int:
-        """What has to find room in the cache for each sample, in bytes."""
-        return max(self.patches, self.gradients)
+        """What has to find room in the cache for each sample, in bytes: our own kernel writes no gradients for norms."""
+        return self.patches if self.own else max(self.patches, self.gradients)
 
 
 @functools.lru_cache(maxsize=4096)
-def ways(geometry: Geometry, itemsize: int, rate: Rates) -> Ways:
-    """The cheapest ways for tensors of some size of numbers, at the rates of their device."""
+def ways(geometry: Geometry, itemsize: int, rate: Rates, *, has_kernel: bool = False) -> Ways:
+    """The cheapest ways for tensors of some size of numbers, at the rates of their device, which may have our own kernel."""
     fold = _fold_seconds(geometry, itemsize, rate)
     products = _unfold_seconds(geometry, itemsize, rate) + _flops(geometry) / rate.product
-    folds, gram = fold <= products, _gram_seconds(geometry, itemsize, rate) <= min(fold, products)
-    return Ways(gram, folds, 0 if folds else _patches(geometry) * itemsize, math.prod(geometry.shape) * itemsize)
+    alone = _own_seconds(geometry, rate) if has_kernel and geometry.groups == 1 else math.inf
+    best = min(fold, products, alone)
+    own, folds, gram = alone == best, fold == best < alone, _gram_seconds(geometry, itemsize, rate) <= best
+    patches = _padded(geometry) if own else 0 if folds else _patches(geometry)
+    return Ways(gram, own, folds, patches * itemsize, math.prod(geometry.shape) * itemsize)
 
 
 def is_pointwise(geometry: Geometry) -> bool:
@@ -50,6 +58,14 @@ def _fold_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
     inputs, outputs = geometry.shape[1], geometry.shape[0] // geometry.groups
     lanes = 1 if inputs == outputs == 1 else math.ceil(inputs / LANES) * LANES / inputs
     return _flops(geometry) * lanes / rate.convolution + 3 * math.prod(geometry.shape) * itemsize / rate.memory
+
+
+def _own_seconds(geometry: Geometry, rate: Rates) -> float:
+    """The flop of whole blocks."""
+    outputs, columns = geometry.shape[0], math.prod(geometry.shape[1:])
+    block = _FEW if outputs <= _FEW else _MANY
+    area = math.ceil(outputs / block) * math.ceil(columns / block) * block**2
+    return 2 * area * (math.prod(geometry.space) + _BEGINNING) / (_OWN_KERNEL * rate.product)
 
 
 def _unfold_seconds(geometry: Geometry, itemsize: int, rate: Rates) -> float:
@@ -73,3 +89,8 @@ def _flops(geometry: Geometry) -> int:
 
 def _patches(geometry: Geometry) -> int:
     return geometry.groups * math.prod(geometry.shape[1:]) * math.prod(geometry.space)
+
+
+def _padded(geometry: Geometry) -> int:
+    sizes = [size + 2 * pad for size, pad in zip(geometry.sizes, geometry.padding, strict=True)]
+    return geometry.groups * geometry.shape[1] * math.prod(sizes)

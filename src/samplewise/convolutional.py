@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Size, Tensor
@@ -14,7 +15,7 @@ from .convolution_costs import LANES, Ways, is_pointwise, ways
 from .factors import HALF, Dense, Factor, chunk_size, joined, squares, wide
 from .outer import Outer, gram_norms
 from .pixels import Geometry, patch_grams, samples_last
-from .products import operands, tile
+from .products import operands, own_kernels, scaled, tile
 from .strategy import current, rates
 
 # Gradients of so many bytes are formed by one convolution (a ResNet's clipped sums take 0.02 of a step less than by copied parts); what
@@ -52,7 +53,8 @@ class Convolution(Factor):
     @functools.cached_property
     def ways(self) -> Ways:
         """The cheapest ways to norms and gradients."""
-        return ways(self.geometry, self.grad.element_size(), rates(self.grad))
+        has_kernel = own_kernels(self.grad, self.input) is not None
+        return ways(self.geometry, self.grad.element_size(), rates(self.grad), has_kernel=has_kernel)
 
     @property
     def algorithm(self) -> str:
@@ -72,11 +74,13 @@ class Convolution(Factor):
     def write(self, out: Tensor) -> Tensor:
         if not self.n:
             return out
-        folds, straight = self.ways.folds, self._multiplies_into(out)
+        folds, straight, own = self.ways.folds, self._multiplies_into(out), self._own_kernels() is not None
         # what is written once needs no place in the cache
         size = chunk_size(self.ways.patches if straight else self.ways.tile, self.n, out.device)
         for rows, part in zip(out.split(size), self._parts(size), strict=True):
-            if folds:
+            if own and straight:
+                part.by_own_kernel(rows)
+            elif folds:
                 rows.copy_(part.folded())
             elif straight:
                 part.unfolded(scratch).write(rows)
@@ -94,11 +98,10 @@ class Convolution(Factor):
         return joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.tile, self.n, self.grad.device))])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        scale = weights.to(self.grad.dtype).reshape(-1, *[1] * (self.grad.ndim - 1))
         # the smaller of the two is the cheaper to scale
         if self.grad.numel() <= self.input.numel():
-            return self._weight_grad(self.grad * scale, self.input)
-        return self._weight_grad(self.grad, self.input * scale)
+            return self._weight_grad(scaled(self.grad, weights), self.input)
+        return self._weight_grad(self.grad, scaled(self.input, weights))
 
     def dot(self, direction: Tensor) -> Tensor:
         convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[self.grad.ndim - 3]
@@ -125,6 +128,8 @@ class Convolution(Factor):
 
     def tile_squares(self) -> Tensor:
         """From the gradients, which the next ones overwrite, `(n,)`."""
+        if self._own_kernels() is not None:
+            return self.by_own_kernel()
         if self.ways.folds:
             return squares(self.folded())
         if self._in_runs_of_channels():
@@ -147,6 +152,18 @@ class Convolution(Factor):
         right = patches.reshape(self.n, self.groups, math.prod(self.shape[1:]), math.prod(self.grad.shape[2:])).mT
         return Outer(self._left(), right, self.shape)
 
+    def by_own_kernel(self, out: Tensor | None = None) -> Tensor:
+        """Squared norms, `(n,)`; the gradients are written into `out`, `(n, *shape)`, if it is given."""
+        kernels, grad, image = self._own_kernels(), self.grad.contiguous(), self.input.contiguous()
+        assert kernels is not None
+        image = kernels.padded(image, self.padding) if any(self.padding) else image
+        found: Tensor = kernels.patch_products(grad, image, self.shape[2:], self.stride, self.dilation, out)
+        return found
+
+    def _own_kernels(self) -> ModuleType | None:
+        """Our own kernels, where they are the cheapest way and no graph is built."""
+        return own_kernels(self.grad, self.input) if self.ways.own else None
+
     def _in_runs_of_channels(self) -> bool:
         """Whether patches are copied in runs of channels: a GPU copies numbers of 8 bytes as fast as it does those of 2."""
         half = self.input.dtype in HALF and self.input.device.type == "cuda" and not torch.is_grad_enabled()
@@ -167,7 +184,8 @@ class Convolution(Factor):
 
     def _multiplies_into(self, out: Tensor) -> bool:
         """Whether products of output gradients and patches go straight into the result: BLAS wants an even side last."""
-        return not self.ways.folds and math.prod(self.shape[1:]) % LANES == 0 and out.is_contiguous()
+        even = self.ways.own or math.prod(self.shape[1:]) % LANES == 0
+        return even and not self.ways.folds and out.is_contiguous() and out.dtype == self.grad.dtype
 
     def _left(self) -> Tensor:
         """The output gradient as the left of outer products, `(n, g, t, o)`."""

@@ -1,7 +1,11 @@
 """Triton kernels for CUDA, where torch's own are more than a fifth from what the device can do (docs/gpu.md says by how much).
 
-Each does what a function of torch alone does beside it: `outer.gram_norms`, and a product of weights and rows.
+Each does in one pass what functions of torch do beside it: Grams and their product, the weight gradients of a convolution without patches
+in memory, the sums that scale and shift of a norm have as gradients, rows times weights, and products of weights and rows.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -10,6 +14,8 @@ from torch import Tensor
 
 # Places within a sample are counted in 32 bits.
 _MOST = 2**31
+# Numbers that a program of a pass over memory works on at once.
+_PASS = 4096
 
 
 def takes(x: Tensor) -> bool:
@@ -44,6 +50,97 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     return parts.sum(1)
 
 
+def patch_products(
+    grad: Tensor,
+    image: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    out: Tensor | None = None,
+) -> Tensor:
+    """`sum_p grad[n,o,p] patch[n,p,j]` for each channel and tap j: the weight gradients of a convolution, and no patch is written.
+
+    Args:
+        grad: `(n, o, *space)` contiguous, of one to three axes of space, in half precision.
+        image: `(n, c, *sizes)` contiguous, padded, of the same type.
+        kernel: The taps along each axis.
+        stride: Pixels from one position to the next.
+        dilation: Pixels from one tap to the next.
+        out: `(n, o, c, *kernel)` contiguous, for the gradients; without it they are not written.
+
+    Returns:
+        Their squared norms, `(n,)` in float32.
+    """
+    (n, o, *space), strides = grad.shape, image.stride()[2:]
+    steps, spread = ([s * by for s, by in zip(strides, apart, strict=True)] for apart in (stride, dilation))
+    positions, columns = grad[0, 0].numel(), image.shape[1] * math.prod(kernel)
+    # measured on an H200: without a pipeline for few outputs, which leaves room for more programs at once
+    block, block_p, warps, stages = (64, 64, 4, 1) if o <= 64 else (128, 32, 8, 3)
+    blocks = triton.cdiv(o, block) * triton.cdiv(columns, block)
+    parts = torch.empty(n, blocks, dtype=torch.float32, device=grad.device)
+    with torch.cuda.device(grad.device):
+        _patch_products[n * blocks,](
+            *(grad, image, grad if out is None else out, parts, o, positions, columns, blocks, *image.stride()[:2]),
+            *(*_three(space, 1)[1:], *_three(kernel, 1), *_three(steps, 0), *_three(spread, 0)),
+            *(block, block_p, out is not None),
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return parts.sum(1)
+
+
+def padded(image: Tensor, padding: Sequence[int]) -> Tensor:
+    """An image `(n, c, ...)` contiguous with zeros around, on both sides of each axis of space."""
+    n, channels, *space = image.shape
+    around = [size + 2 * pad for size, pad in zip(space, padding, strict=True)]
+    out = image.new_empty(n, channels, *around)
+    blocks = triton.cdiv(out[0].numel(), _PASS)
+    with torch.cuda.device(image.device):
+        _padded[n * blocks,](
+            *(image, out, channels, blocks, *_three(space, 1), *_three(around, 1), *_three(padding, 0), _PASS),
+        )
+    return out
+
+
+def _three(values: Sequence[int], other: int) -> tuple[int, ...]:
+    """The same along three axes of space."""
+    return (*[other] * (3 - len(values)), *values)
+
+
+def norm_sums(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`sum_p grad[n,k,p] (input[n,k,p] - mean) rstd` and `sum_p grad[n,k,p]`, `(n, k)`: the gradients of a norm's scale and shift.
+
+    Args:
+        grad: `(n, k, p)` in half precision.
+        input: The same, with the same strides.
+        mean: Of what is standardised together.
+        rstd: The reciprocals of its deviations.
+        strides: How far apart in `mean` lie those of neighbouring samples, those of neighbouring p, and how many k have the same.
+    """
+    n, k, p = grad.shape
+    # runs along the axis that is contiguous
+    block_p = min(1024 if grad.stride(2) == 1 else 64, triton.next_power_of_2(p))
+    block_k = min(_PASS // block_p, triton.next_power_of_2(k))
+    blocks = triton.cdiv(k, block_k)
+    scale, shift = (torch.empty(n, k, dtype=grad.dtype, device=grad.device) for _ in range(2))
+    with torch.cuda.device(grad.device):
+        _norm_sums[n * blocks,](
+            *(grad, input, mean, rstd, scale, shift),
+            *(k, p, blocks, *grad.stride(), *strides),
+            *(block_k, block_p),
+        )
+    return scale, shift
+
+
+def scaled(weights: Tensor, rows: Tensor) -> Tensor:
+    """`weights[n] rows[n]`, of `(n, p)` contiguous."""
+    (n, p), out = rows.shape, torch.empty_like(rows)
+    blocks = triton.cdiv(p, _PASS)
+    with torch.cuda.device(rows.device):
+        _scaled[n * blocks,](weights.contiguous(), rows, out, p, blocks, _PASS)
+    return out
+
+
 def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
     """`sum_n weights[n] rows[n]`, `(p,)`, of `(n, p)` contiguous: read once, added up in float32."""
     n, p = rows.shape
@@ -54,20 +151,20 @@ def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gram_norms(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    left,  # noqa: ANN001
-    right,  # noqa: ANN001
-    parts,  # noqa: ANN001
-    t,  # noqa: ANN001
-    o,  # noqa: ANN001
-    i,  # noqa: ANN001
-    pairs,  # noqa: ANN001
-    left_m,  # noqa: ANN001
-    left_t,  # noqa: ANN001
-    left_o,  # noqa: ANN001
-    right_m,  # noqa: ANN001
-    right_t,  # noqa: ANN001
-    right_i,  # noqa: ANN001
+def _gram_norms(  # type: ignore[no-untyped-def]
+    left,
+    right,
+    parts,
+    t,
+    o,
+    i,
+    pairs,
+    left_m,
+    left_t,
+    left_o,
+    right_m,
+    right_t,
+    right_i,
     block: tl.constexpr,
     step: tl.constexpr,
 ):
@@ -83,7 +180,7 @@ def _gram_norms(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _products(x, rows, columns, t, size, by_row, by_column, block: tl.constexpr, step: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _products(x, rows, columns, t, size, by_row, by_column, block: tl.constexpr, step: tl.constexpr):  # type: ignore[no-untyped-def]
     """Inner products of some rows of a matrix with others."""
     total = tl.zeros((block, block), tl.float32)
     for start in range(0, size, step):
@@ -96,7 +193,130 @@ def _products(x, rows, columns, t, size, by_row, by_column, block: tl.constexpr,
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _weighted_rows(weights, rows, out, n, p, block: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _patch_products(  # type: ignore[no-untyped-def]
+    grad,
+    image,
+    out,
+    parts,
+    outputs,
+    positions,
+    columns,
+    blocks,
+    image_n,
+    channel,
+    height,
+    width,
+    kernel_d,
+    kernel_h,
+    kernel_w,
+    step_d,
+    step_h,
+    step_w,
+    spread_d,
+    spread_h,
+    spread_w,
+    size: tl.constexpr,
+    block_p: tl.constexpr,
+    written: tl.constexpr,
+):
+    n, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    across = tl.cdiv(columns, size)
+    o, j = (block // across) * size + tl.arange(0, size), (block % across) * size + tl.arange(0, size)
+    # j counts the taps of a channel by depth, height and width
+    row, plane = j // kernel_w, j // (kernel_w * kernel_h)
+    of_tap = (j % kernel_w) * spread_w + (row % kernel_h) * spread_h + (plane % kernel_d) * spread_d
+    of_column = (plane // kernel_d) * channel + of_tap
+    grad += n * outputs * positions
+    image += n * image_n
+    total = tl.zeros((size, size), tl.float32)
+    for start in range(0, positions, block_p):
+        p = start + tl.arange(0, block_p)
+        inside = (p < positions)[None, :]
+        of_position = (p % width) * step_w + ((p // width) % height) * step_h + (p // (width * height)) * step_d
+        grads = tl.load(grad + o[:, None] * positions + p[None, :], mask=(o < outputs)[:, None] & inside, other=0.0)
+        # positions last: neighbouring ones lie next to each other in memory, and taps do not
+        patches = tl.load(image + of_column[:, None] + of_position[None, :], mask=(j < columns)[:, None] & inside, other=0.0)
+        total = tl.dot(grads, tl.trans(patches), total)
+    tl.store(parts + tl.program_id(0), tl.sum(tl.sum(total * total, 1), 0))
+    if written:
+        place = out + n * outputs * columns + o[:, None] * columns + j[None, :]
+        tl.store(place, total.to(out.dtype.element_ty), mask=(o < outputs)[:, None] & (j < columns)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _padded(  # type: ignore[no-untyped-def]
+    image,
+    out,
+    channels,
+    blocks,
+    depth,
+    height,
+    width,
+    out_depth,
+    out_height,
+    out_width,
+    pad_depth,
+    pad_height,
+    pad_width,
+    block: tl.constexpr,
+):
+    n, at = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    row, plane = at // out_width, at // (out_width * out_height)
+    w, h, d, c = at % out_width - pad_width, row % out_height - pad_height, plane % out_depth - pad_depth, plane // out_depth
+    inside = (w >= 0) & (w < width) & (h >= 0) & (h < height) & (d >= 0) & (d < depth) & (c < channels)
+    of_image, of_out = depth * height * width, out_depth * out_height * out_width
+    place = image + n * channels * of_image + c * of_image + (d * height + h) * width + w
+    tl.store(out + n * channels * of_out + at, tl.load(place, mask=inside, other=0.0), mask=c < channels)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_sums(  # type: ignore[no-untyped-def]
+    grad,
+    input,
+    mean,
+    rstd,
+    scale,
+    shift,
+    size,
+    positions,
+    blocks,
+    by_n,
+    by_k,
+    by_p,
+    mean_n,
+    mean_p,
+    common,
+    block_k: tl.constexpr,
+    block_p: tl.constexpr,
+):
+    n, k = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * block_k + tl.arange(0, block_k)
+    start = n.to(tl.int64) * by_n
+    of_row = n * mean_n + k // common
+    scales, shifts = tl.zeros((block_k, block_p), tl.float32), tl.zeros((block_k, block_p), tl.float32)
+    for first in range(0, positions, block_p):
+        p = first + tl.arange(0, block_p)
+        inside = (k < size)[:, None] & (p < positions)[None, :]
+        place = start + k[:, None] * by_k + p[None, :] * by_p
+        statistic = of_row[:, None] + p[None, :] * mean_p
+        g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(input + place, mask=inside, other=0.0).to(tl.float32)
+        centre = tl.load(mean + statistic, mask=inside, other=0.0).to(tl.float32)
+        scales += g * (x - centre) * tl.load(rstd + statistic, mask=inside, other=0.0).to(tl.float32)
+        shifts += g
+    tl.store(scale + n * size + k, tl.sum(scales, 1).to(scale.dtype.element_ty), mask=k < size)
+    tl.store(shift + n * size + k, tl.sum(shifts, 1).to(shift.dtype.element_ty), mask=k < size)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scaled(weights, rows, out, p, blocks, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    n, at = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    start, inside = n.to(tl.int64) * p, at < p
+    numbers = tl.load(rows + start + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weights + n).to(tl.float32)
+    tl.store(out + start + at, numbers.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weighted_rows(weights, rows, out, n, p, block: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < p
     total = tl.zeros((block,), tl.float32)

@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from .buffers import scratch
 from .factors import Dense, Factor, chunk_size, joined, squares, wide
-from .products import bmm, has_onednn, onednn_linear, operands, own_kernels, tile
+from .products import bmm, has_onednn, onednn_linear, operands, own_kernels, scaled, tile
 from .strategy import Rates, current, rates
 
 # Below it, in flop, the call itself costs more than the product.
@@ -89,11 +89,10 @@ class Outer(Factor):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         (n, g, t, o), i = self.left.shape, self.right.shape[-1]
-        scale = weights.to(self.left.dtype)
         if g == 1:
             # one product over all samples and positions, as the ordinary gradient is
-            return _summed(self.left.reshape(n, t, o), self.right.reshape(n, t, i), scale[:, None]).reshape(self.shape)
-        return torch.einsum("n,ngto,ngti->goi", scale, self.left, self.right).reshape(self.shape)
+            return _summed(self.left.reshape(n, t, o), self.right.reshape(n, t, i), weights).reshape(self.shape)
+        return torch.einsum("n,ngto,ngti->goi", weights.to(self.left.dtype), self.left, self.right).reshape(self.shape)
 
     def dot(self, direction: Tensor) -> Tensor:
         (_, g, _, o), i = self.left.shape, self.right.shape[-1]
@@ -172,8 +171,8 @@ class Rows(Factor):
         return super().inner(other)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        scaled = self.value * weights.to(self.value.dtype)[:, None, None]
-        return self.value.new_zeros(self.shape).index_add_(0, self.index.flatten(), scaled.flatten(0, 1))
+        values = scaled(self.value, weights).flatten(0, 1)
+        return self.value.new_zeros(self.shape).index_add_(0, self.index.flatten(), values)
 
     def dot(self, direction: Tensor) -> Tensor:
         value = wide(self.value)
@@ -210,8 +209,8 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     left, right = left.flatten(0, 1), right.flatten(0, 1)
     kernels = own_kernels(left, right)
     if kernels is not None:
-        total: Tensor = kernels.gram_norms(left, right)
-        return total.reshape(n, g).sum(1)
+        alone: Tensor = kernels.gram_norms(left, right)
+        return alone if g == 1 else alone.reshape(n, g).sum(1)
     total = wide(left.new_zeros(n * g))
     for start in range(0, t, block):
         rows = slice(start, start + block)
@@ -247,18 +246,18 @@ def _tiles(left: Tensor, right: Tensor) -> Iterator[Tensor]:
 
 
 def _summed(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    """`sum_{n,t} weights[n] left[n,t] ⊗ right[n,t]`; weights is `(n, 1)`."""
+    """`sum_{n,t} weights[n] left[n,t] ⊗ right[n,t]`."""
     (n, t, o), i = left.shape, right.shape[2]
     wide_left = o > i
     # the narrower is the cheaper to turn, but then the product has to be turned too
     turns = n * t * (o - i) > o * i
     if _by_onednn(left, 2 * left.numel() * i, n * t * i + o * i if turns else n * t * o):
         first, other = (right, left) if turns else (left, right)
-        product = _by_linear_layer(first.flatten(0, 1), other.flatten(0, 1), weights.expand(n, t).reshape(n * t))
+        each = weights.to(left.dtype)[:, None].expand(n, t).reshape(n * t)
+        product = _by_linear_layer(first.flatten(0, 1), other.flatten(0, 1), each)
         return product.mT.contiguous() if turns else product
     # the narrower of the two is the cheaper to scale
-    scale = weights[..., None]
-    left, right = (left, _scaled(right, scale)) if wide_left else (_scaled(left, scale), right)
+    left, right = (left, scaled(right, weights, "scaled")) if wide_left else (scaled(left, weights, "scaled"), right)
     return left.flatten(0, 1).mT @ right.flatten(0, 1)
 
 
@@ -288,10 +287,6 @@ def _products(factor: Outer) -> Tensor:
 def _writable(factor: Outer) -> bool:
     """Whether a product may be written into memory that is there already: not where a graph is built."""
     return not torch.is_grad_enabled() and factor.left.dtype == factor.right.dtype
-
-
-def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    return x * scale if torch.is_grad_enabled() else torch.mul(x, scale, out=scratch("scaled", x.shape, x))
 
 
 def _rows_to_positions(x: Tensor, n: int) -> Tensor:

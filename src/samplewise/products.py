@@ -47,6 +47,18 @@ def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
     return weights.to(rows.dtype) @ rows if kernels is None else kernels.weighted_rows(weights, rows)
 
 
+def scaled(x: Tensor, weights: Tensor, slot: str | None = None) -> Tensor:
+    """`weights[n] x[n]`, of `(n, ...)`; into memory that the slot's next one overwrites, where one is named."""
+    kernels = own_kernels(x) if x.is_contiguous() else None
+    if kernels is not None:
+        rows: Tensor = kernels.scaled(weights, x.flatten(1))
+        return rows.view(x.shape)
+    scale = weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    if slot is None or torch.is_grad_enabled():
+        return x * scale
+    return torch.mul(x, scale, out=scratch(slot, x.shape, x))
+
+
 def unobserved(*given: Tensor) -> bool:
     """Whether nothing between torch and its kernels looks at a call: no dispatch mode, no trace, no subclass of tensors."""
     traced = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()  # noqa: SLF001
@@ -61,6 +73,11 @@ def own_kernels(*given: Tensor) -> ModuleType | None:
     kernels = _kernels()
     fit = kernels is not None and all(x.numel() and x.dtype is first.dtype and kernels.takes(x) for x in given)
     return kernels if fit else None
+
+
+def has_own_kernels(like: Tensor) -> bool:
+    """Whether there are kernels of our own for the device and the type of a tensor."""
+    return like.device.type == "cuda" and like.dtype in HALF and _kernels() is not None
 
 
 @functools.cache

@@ -307,7 +307,7 @@ class Record:
 
     def _like(self) -> Tensor:
         parameter = next(iter(self._recording.parameters.values()), None)
-        return torch.zeros(()) if parameter is None else wide(parameter.detach())
+        return torch.zeros(()) if parameter is None else wide(parameter.detach().new_empty(0))
 
     def _zeros(self) -> Tensor:
         return self._like().new_zeros(self._n())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samplewise.buffers import scratch
 from samplewise.factors import HALF, Dense
+from samplewise.products import has_own_kernels, own_kernels
 from samplewise.registry import PASSED_ON, RULES, operation, rule
 
 _WIDE = frozenset({torch.float32, torch.float64})
@@ -57,7 +58,8 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The op, with the mean and the reciprocal deviation that it found."""
-    if not _keeps_statistics(input, weight, bias):
+    # in half precision our own kernel takes them
+    if not _keeps_statistics(input, weight, bias, half=has_own_kernels(input)):
         return torch.layer_norm(input, normalized_shape, weight, bias, eps, cudnn_enable), ()
     out, *statistics = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     return out, [x.detach() if x.requires_grad else x for x in statistics]
@@ -82,9 +84,15 @@ def layer_norm(
 ) -> dict[str, object]:
     # out[n,t,d] = weight[d] x[n,t,d] + bias[d], x standardised over d
     last = len(normalized_shape)
+    kernels = own_kernels(grad, input) if statistics else None
+    if kernels is not None:
+        n, t, d = len(grad), statistics[0][:1].numel(), math.prod(normalized_shape)
+        g, x = (y.contiguous().view(n, t, d).mT for y in (grad, input))
+        scale, shift = kernels.norm_sums(g, x, *statistics, (t, 1, d))
+        return {"weight": Dense(scale.view(n, *normalized_shape)), "bias": Dense(shift.view(n, *normalized_shape))}
 
     def standardised() -> Tensor:
-        if not statistics:
+        if not statistics or input.dtype in HALF:
             return _over_positions(grad * torch.layer_norm(input, normalized_shape, eps=eps), last)
         # sum_t rstd[n,t] grad[n,t,d] (input[n,t,d] - mean[n,t]), each pass in the same memory
         mean, rstd = statistics
@@ -149,6 +157,11 @@ def group_norm(
         return _channels(grad, lambda: torch.group_norm(input, num_groups, eps=eps))
     # the op's own backward, for one image with the channels of all samples, as a row: four axes may look like channels last
     (n, c), t = grad.shape[:2], math.prod(grad.shape[2:])
+    kernels = own_kernels(grad, input)
+    if kernels is not None:
+        g, x = (y.contiguous().view(n, c, t) for y in (grad, input))
+        scale, shift = kernels.norm_sums(g, x, *statistics, (num_groups, 0, c // num_groups))
+        return {"weight": Dense(scale), "bias": Dense(shift)}
     # of the scale it takes the shape alone here
     (mean, rstd), scaled = statistics, statistics[0].new_empty(n * c)
     # a reshape may be a view in another memory order, which autograd would not hand to the kernel

@@ -1,0 +1,156 @@
+"""The places of our own CUDA kernels in factors and rules: on a CPU, with functions of torch in the kernels' stead."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Size, Tensor, nn
+
+import samplewise as sw
+from samplewise.convolution_costs import Ways, ways
+from samplewise.convolutional import Convolution
+from samplewise.pixels import Geometry
+from samplewise.strategy import Rates
+from test_models import assert_rows, stacked
+
+N = 3
+H200 = Rates(542e12, 1.3e12, 0.0, 0.0, 0.0, 2.84e12, "cuda")
+
+
+class InTorch:
+    """What each kernel says that it does."""
+
+    def __init__(self) -> None:
+        self.calls = Counter[str]()
+
+    def gram_norms(self, left: Tensor, right: Tensor) -> Tensor:
+        self.calls["gram_norms"] += 1
+        return (left.mT @ right).flatten(1).square().sum(1)
+
+    def padded(self, image: Tensor, padding: tuple[int, ...]) -> Tensor:
+        self.calls["padded"] += 1
+        assert image.is_contiguous()
+        return nn.functional.pad(image, [pad for pad in reversed(padding) for _ in range(2)])
+
+    def patch_products(self, grad, image, kernel, stride, dilation, out=None) -> Tensor:
+        self.calls["patch_products"] += 1
+        assert grad.is_contiguous()
+        assert image.is_contiguous()
+        strides = image.stride()[2:]
+        sizes = (len(image), image.shape[1], *kernel, *grad.shape[2:])
+        taps, steps = ([s * by for s, by in zip(strides, apart, strict=True)] for apart in (dilation, stride))
+        patches = image.as_strided(sizes, (*image.stride()[:2], *taps, *steps))
+        found = torch.einsum("nop,njp->noj", grad.flatten(2), patches.reshape(len(grad), -1, grad[0, 0].numel()))
+        if out is not None:
+            assert out.is_contiguous()
+            out.copy_(found.view(out.shape))
+        return found.flatten(1).square().sum(1)
+
+    def norm_sums(self, grad, input, mean, rstd, strides) -> tuple[Tensor, Tensor]:
+        self.calls["norm_sums"] += 1
+        assert grad.stride() == input.stride()
+        by_sample, by_position, common = strides
+        n, k, p = (
+            torch.arange(size).reshape([-1 if d == axis else 1 for d in range(3)]) for axis, size in enumerate(grad.shape)
+        )
+        place = n * by_sample + k // common + p * by_position
+        standardised = (input - mean.flatten()[place]) * rstd.flatten()[place]
+        return (grad * standardised).sum(2), grad.sum(2)
+
+    def scaled(self, weights: Tensor, rows: Tensor) -> Tensor:
+        self.calls["scaled"] += 1
+        return weights[:, None] * rows
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> InTorch:
+    made = InTorch()
+    for module in ("products", "outer", "convolutional", "rules.normalization"):
+        monkeypatch.setattr(f"samplewise.{module}.own_kernels", lambda *_: None if torch.is_grad_enabled() else made)
+    cheapest = Ways(gram=False, own=True, folds=False, patches=64, gradients=64)
+    monkeypatch.setattr("samplewise.convolutional.ways", lambda *_, has_kernel: cheapest._replace(own=has_kernel))
+    # some samples at a time
+    monkeypatch.setattr("samplewise.factors._CACHED", 128)
+    return made
+
+
+def images() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, (3, 2), padding=(1, 0), bias=False),
+        nn.GroupNorm(2, 4),
+        nn.Conv2d(4, 3, 3, stride=2, padding=2, dilation=(1, 2)),
+        nn.Unflatten(1, (3, 1)),
+        nn.Conv3d(3, 2, (1, 2, 3), padding=(0, 1, 1)),
+        nn.Flatten(2),
+        nn.Conv1d(2, 5, 4, stride=3),
+        nn.LayerNorm([5, 6]),
+        nn.Flatten(),
+        nn.Linear(30, 3),
+    ).double()
+
+
+def text() -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 5)
+    ).double()
+
+
+def losses(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).flatten(1).square().sum(1)
+
+
+PROBLEMS = [(images, torch.randn(N, 2, 6, 8, dtype=torch.float64)), (text, torch.arange(N * 5).view(N, 5) % 7)]
+
+
+@pytest.mark.parametrize(("make", "x"), PROBLEMS, ids=["images", "text"])
+@pytest.mark.parametrize("strategy", ["auto", "gram", "tile", "store"])
+def test_all_quantities(make, x, strategy: str, kernels: InTorch) -> None:
+    model = make()
+    rows = stacked(model, losses(model, x))
+    flat = torch.cat([row.flatten(1) for row in rows.values()], 1)
+    norms = flat.norm(dim=1)
+    limit = norms.median().item()
+    torch.testing.assert_close(sw.per_sample_norms(model, losses, x, strategy=strategy), norms)
+    sums, found = sw.clipped_grads(model, losses, x, max_grad_norm=limit, strategy=strategy)
+    torch.testing.assert_close(found, norms)
+    weights = limit / norms.clamp_min(limit)
+    assert_rows(sums, {name: torch.einsum("n,n...->...", weights, row) for name, row in rows.items()})
+    assert_rows(sw.per_sample_grads(model, losses, x), rows)
+    into = {name: torch.full_like(row, float("nan")) for name, row in rows.items()}
+    sw.per_sample_grads(model, losses, x, out=into)
+    assert_rows(into, rows)
+    called = {"norm_sums": True, "scaled": strategy != "store", "gram_norms": make is text and strategy == "gram"}
+    called |= dict.fromkeys(("patch_products", "padded"), make is images and strategy != "gram")
+    assert {name for name, expected in called.items() if expected} <= kernels.calls.keys()
+
+
+def test_a_graph_goes_by_torch(kernels: InTorch) -> None:
+    """A factor that took a kernel once is still differentiable."""
+    grad, image = torch.randn(N, 4, 6, 6).requires_grad_(), torch.randn(N, 2, 6, 6)
+    factor = Convolution(grad, image, Size((4, 2, 3, 3)), (1, 1), (1, 1), (1, 1), 1)
+    with torch.no_grad():
+        norms = factor.sq_norms()
+    assert kernels.calls["patch_products"]
+    assert factor.to_dense().requires_grad
+    torch.testing.assert_close(factor.sq_norms(), norms)
+    assert factor.sq_norms().requires_grad
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "stride", "groups", "way"),
+    [
+        ((64, 64, 3, 3), 32, 1, 1, "own"),
+        ((64, 3, 3, 3), 32, 1, 1, "own"),
+        ((128, 128, 3, 3), 16, 1, 1, "own"),
+        ((512, 512, 3, 3), 4, 1, 1, "gram"),
+        ((64, 1, 3, 3), 32, 1, 64, "folds"),
+        ((64, 64, 3, 3), 32, 1, 2, "patches"),
+    ],
+)
+def test_the_way_of_a_convolution_on_a_gpu(shape: tuple[int, ...], size: int, stride: int, groups: int, way: str) -> None:
+    """What an H200 takes least time for; without our kernel it is never that."""
+    out = (size - 1) // stride + 1
+    geometry = Geometry(shape, (size, size), (out, out), (stride, stride), (1, 1), (1, 1), groups)
+    found = ways(geometry, 2, H200, has_kernel=True)
+    assert ("gram" if found.gram else "own" if found.own else "folds" if found.folds else "patches") == way
+    assert not ways(geometry, 2, H200).own
