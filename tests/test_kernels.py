@@ -20,7 +20,7 @@ GRAMS = {
 }
 SUMS = {
     **dict.fromkeys(("grad", "input", "mean", "rstd", "scale", "shift"), "*bf16"),
-    **dict.fromkeys(("size", "positions", "blocks", "by_n", "by_k", "by_p", "mean_n", "mean_p", "common"), "i32"),
+    **dict.fromkeys(("size", "positions", "blocks", "by_n", "by_k", "by_p", "means", "common"), "i32"),
 }
 
 
@@ -32,7 +32,7 @@ def types_of(name: str, pointers: dict[str, str], *constants: str) -> dict[str, 
 PATCHES = types_of(
     "_patch_products", {**dict.fromkeys(("grad", "image", "out"), "*bf16"), "parts": "*fp32"}, "size", "block_p", "written"
 )
-PADDED = types_of("_padded", dict.fromkeys(("image", "out"), "*bf16"), "block")
+PADDED = types_of("_padded", dict.fromkeys(("image", "out"), "*bf16"), "block_rows", "block")
 SCALED = types_of("_scaled", {"weights": "*fp32", **dict.fromkeys(("rows", "out"), "*bf16")}, "block")
 # Triton takes an argument that is 1 for a constant, and one beyond 32 bits for another type.
 VARIANTS = [
@@ -44,10 +44,10 @@ VARIANTS = [
     ("_gram_norms", {**GRAMS, "left_m": "i64"}, {"t": 1, "o": 1, "i": 1, "block": 16, "step": 64}),
     ("_patch_products", PATCHES, {"size": 64, "block_p": 64, "written": False}),
     ("_patch_products", PATCHES, {"kernel_d": 1, "step_w": 1, "spread_w": 1, "size": 128, "block_p": 32, "written": True}),
-    ("_padded", PADDED, {"depth": 1, "out_depth": 1, "block": 4096}),
-    ("_padded", {**PADDED, "depth": "i64"}, {"block": 4096}),
-    ("_norm_sums", SUMS, {"by_p": 1, "block_k": 4, "block_p": 1024}),
-    ("_norm_sums", {**SUMS, "mean": "*fp32", "rstd": "*fp32"}, {"by_k": 1, "mean_p": 1, "block_k": 64, "block_p": 64}),
+    ("_padded", PADDED, {"depth": 1, "block_rows": 64, "block": 64}),
+    ("_padded", {**PADDED, "rows": "i64"}, {"block_rows": 1, "block": 4096}),
+    ("_norm_sums", SUMS, {"by_p": 1, "by_position": False, "block_k": 32, "block_p": 128}),
+    ("_norm_sums", {**SUMS, "mean": "*fp32", "rstd": "*fp32"}, {"by_k": 1, "by_position": True, "block_k": 32, "block_p": 128}),
     ("_scaled", SCALED, {"block": 4096}),
 ]
 
@@ -101,13 +101,13 @@ for c, o, size, kernel, stride, padding, dilation in [
 for n, t, d in [(3, 5, 7), (2, 200, 70), (1, 1, 1), (2, 3, 768)]:
     grad, x = torch.randn(2, n, t, d).half()
     mean, rstd = torch.randn(n, t, 1), torch.rand(n, t, 1)
-    scale, shift = kernels.norm_sums(grad.mT, x.mT, mean, rstd, (t, 1, d))
+    scale, shift = kernels.norm_sums(grad.mT, x.mT, mean, rstd, by_position=True)
     near(scale, (grad.double() * (x.double() - mean) * rstd).sum(1), 2e-3)
     near(shift, grad.double().sum(1), 2e-3)
 for n, c, groups, p in [(3, 6, 2, 5), (2, 70, 7, 1300), (1, 4, 4, 1), (2, 64, 8, 16)]:
     grad, x = torch.randn(2, n, c, p).half()
     mean, rstd = torch.randn(n, groups).half(), torch.rand(n, groups).half()
-    scale, shift = kernels.norm_sums(grad, x, mean, rstd, (groups, 0, c // groups))
+    scale, shift = kernels.norm_sums(grad, x, mean, rstd, by_position=False)
     of_channel = [y.double().repeat_interleave(c // groups, 1)[..., None] for y in (mean, rstd)]
     near(scale, (grad.double() * (x.double() - of_channel[0]) * of_channel[1]).sum(2), 2e-3)
     near(shift, grad.double().sum(2), 2e-3)

@@ -46,16 +46,14 @@ class InTorch:
             out.copy_(found.view(out.shape))
         return found.flatten(1).square().sum(1)
 
-    def norm_sums(self, grad, input, mean, rstd, strides) -> tuple[Tensor, Tensor]:
+    def norm_sums(self, grad, input, mean, rstd, *, by_position: bool) -> tuple[Tensor, Tensor]:
         self.calls["norm_sums"] += 1
         assert grad.stride() == input.stride()
-        by_sample, by_position, common = strides
-        n, k, p = (
-            torch.arange(size).reshape([-1 if d == axis else 1 for d in range(3)]) for axis, size in enumerate(grad.shape)
+        n, k, p = grad.shape
+        mean, rstd = (
+            x.reshape(n, 1, p) if by_position else x.repeat_interleave(k // x.shape[1], 1)[..., None] for x in (mean, rstd)
         )
-        place = n * by_sample + k // common + p * by_position
-        standardised = (input - mean.flatten()[place]) * rstd.flatten()[place]
-        return (grad * standardised).sum(2), grad.sum(2)
+        return (grad * (input - mean) * rstd).sum(2), grad.sum(2)
 
     def scaled(self, weights: Tensor, rows: Tensor) -> Tensor:
         self.calls["scaled"] += 1

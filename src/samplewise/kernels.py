@@ -90,14 +90,16 @@ def patch_products(
 
 
 def padded(image: Tensor, padding: Sequence[int]) -> Tensor:
-    """An image `(n, c, ...)` contiguous with zeros around, on both sides of each axis of space."""
-    n, channels, *space = image.shape
-    around = [size + 2 * pad for size, pad in zip(space, padding, strict=True)]
+    """An image `(n, c, *sizes)` contiguous with zeros around, on both sides of each axis of space."""
+    n, channels, *sizes = image.shape
+    around = [size + 2 * pad for size, pad in zip(sizes, padding, strict=True)]
     out = image.new_empty(n, channels, *around)
-    blocks = triton.cdiv(out[0].numel(), _PASS)
+    block = min(_PASS, triton.next_power_of_2(around[-1]))
+    rows, blocks = n * channels * math.prod(around[:-1]), triton.cdiv(around[-1], block)
     with torch.cuda.device(image.device):
-        _padded[n * blocks,](
-            *(image, out, channels, blocks, *_three(space, 1), *_three(around, 1), *_three(padding, 0), _PASS),
+        _padded[triton.cdiv(rows, _PASS // block) * blocks,](
+            *(image, out, rows, blocks, *_three(sizes, 1), *_three(around, 1)[1:], *_three(padding, 0)),
+            *(_PASS // block, block),
         )
     return out
 
@@ -107,27 +109,26 @@ def _three(values: Sequence[int], other: int) -> tuple[int, ...]:
     return (*[other] * (3 - len(values)), *values)
 
 
-def norm_sums(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+def norm_sums(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, *, by_position: bool) -> tuple[Tensor, Tensor]:
     """`sum_p grad[n,k,p] (input[n,k,p] - mean) rstd` and `sum_p grad[n,k,p]`, `(n, k)`: the gradients of a norm's scale and shift.
 
     Args:
         grad: `(n, k, p)` in half precision.
         input: The same, with the same strides.
-        mean: Of what is standardised together.
+        mean: Of what is standardised together: `(n, p)` numbers by position, or else `(n, g)`, for each of g groups of neighbouring k.
         rstd: The reciprocals of its deviations.
-        strides: How far apart in `mean` lie those of neighbouring samples, those of neighbouring p, and how many k have the same.
+        by_position: Which of the two.
     """
     n, k, p = grad.shape
-    # runs along the axis that is contiguous
-    block_p = min(1024 if grad.stride(2) == 1 else 64, triton.next_power_of_2(p))
+    block_p = min(128, triton.next_power_of_2(p))
     block_k = min(_PASS // block_p, triton.next_power_of_2(k))
-    blocks = triton.cdiv(k, block_k)
+    blocks, means = triton.cdiv(k, block_k), mean.numel() // n
     scale, shift = (torch.empty(n, k, dtype=grad.dtype, device=grad.device) for _ in range(2))
     with torch.cuda.device(grad.device):
         _norm_sums[n * blocks,](
             *(grad, input, mean, rstd, scale, shift),
-            *(k, p, blocks, *grad.stride(), *strides),
-            *(block_k, block_p),
+            *(k, p, blocks, *grad.stride(), means, 1 if by_position else k // means),
+            *(by_position, block_k, block_p),
         )
     return scale, shift
 
@@ -247,26 +248,28 @@ def _patch_products(  # type: ignore[no-untyped-def]
 def _padded(  # type: ignore[no-untyped-def]
     image,
     out,
-    channels,
+    rows,
     blocks,
     depth,
     height,
     width,
-    out_depth,
     out_height,
     out_width,
     pad_depth,
     pad_height,
     pad_width,
+    block_rows: tl.constexpr,
     block: tl.constexpr,
 ):
-    n, at = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * block + tl.arange(0, block)
-    row, plane = at // out_width, at // (out_width * out_height)
-    w, h, d, c = at % out_width - pad_width, row % out_height - pad_height, plane % out_depth - pad_depth, plane // out_depth
-    inside = (w >= 0) & (w < width) & (h >= 0) & (h < height) & (d >= 0) & (d < depth) & (c < channels)
-    of_image, of_out = depth * height * width, out_depth * out_height * out_width
-    place = image + n * channels * of_image + c * of_image + (d * height + h) * width + w
-    tl.store(out + n * channels * of_out + at, tl.load(place, mask=inside, other=0.0), mask=c < channels)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    at = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
+    # a row of the result is one of an image's channel, of a depth and a height
+    plane, out_depth = row // out_height, depth + 2 * pad_depth
+    h, d, w = row % out_height - pad_height, plane % out_depth - pad_depth, at - pad_width
+    there = (h >= 0) & (h < height) & (d >= 0) & (d < depth) & (row < rows)
+    place = ((plane // out_depth * depth + d) * height + h) * width
+    numbers = tl.load(image + place[:, None] + w[None, :], mask=there[:, None] & ((w >= 0) & (w < width))[None, :], other=0.0)
+    tl.store(out + (row * out_width)[:, None] + at[None, :], numbers, mask=(row < rows)[:, None] & (at < out_width)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -283,27 +286,35 @@ def _norm_sums(  # type: ignore[no-untyped-def]
     by_n,
     by_k,
     by_p,
-    mean_n,
-    mean_p,
+    means,
     common,
+    by_position: tl.constexpr,
     block_k: tl.constexpr,
     block_p: tl.constexpr,
 ):
     n, k = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * block_k + tl.arange(0, block_k)
-    start = n.to(tl.int64) * by_n
-    of_row = n * mean_n + k // common
+    grad += n.to(tl.int64) * by_n
+    input += n.to(tl.int64) * by_n
+    mean += n * means
+    rstd += n * means
     scales, shifts = tl.zeros((block_k, block_p), tl.float32), tl.zeros((block_k, block_p), tl.float32)
     for first in range(0, positions, block_p):
         p = first + tl.arange(0, block_p)
         inside = (k < size)[:, None] & (p < positions)[None, :]
-        place = start + k[:, None] * by_k + p[None, :] * by_p
-        statistic = of_row[:, None] + p[None, :] * mean_p
+        place = k[:, None] * by_k + p[None, :] * by_p
         g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(input + place, mask=inside, other=0.0).to(tl.float32)
-        centre = tl.load(mean + statistic, mask=inside, other=0.0).to(tl.float32)
-        scales += g * (x - centre) * tl.load(rstd + statistic, mask=inside, other=0.0).to(tl.float32)
+        if by_position:
+            x -= tl.load(mean + p, mask=p < positions, other=0.0).to(tl.float32)[None, :]
+            x *= tl.load(rstd + p, mask=p < positions, other=0.0).to(tl.float32)[None, :]
+        else:
+            x -= tl.load(mean + k // common, mask=k < size, other=0.0).to(tl.float32)[:, None]
+        scales += g * x
         shifts += g
-    tl.store(scale + n * size + k, tl.sum(scales, 1).to(scale.dtype.element_ty), mask=k < size)
+    total = tl.sum(scales, 1)
+    if not by_position:
+        total *= tl.load(rstd + k // common, mask=k < size, other=0.0).to(tl.float32)
+    tl.store(scale + n * size + k, total.to(scale.dtype.element_ty), mask=k < size)
     tl.store(shift + n * size + k, tl.sum(shifts, 1).to(shift.dtype.element_ty), mask=k < size)
 
 

@@ -88,7 +88,7 @@ def layer_norm(
     if kernels is not None:
         n, t, d = len(grad), statistics[0][:1].numel(), math.prod(normalized_shape)
         g, x = (y.contiguous().view(n, t, d).mT for y in (grad, input))
-        scale, shift = kernels.norm_sums(g, x, *statistics, (t, 1, d))
+        scale, shift = kernels.norm_sums(g, x, *statistics, by_position=True)
         return {"weight": Dense(scale.view(n, *normalized_shape)), "bias": Dense(shift.view(n, *normalized_shape))}
 
     def standardised() -> Tensor:
@@ -160,7 +160,7 @@ def group_norm(
     kernels = own_kernels(grad, input)
     if kernels is not None:
         g, x = (y.contiguous().view(n, c, t) for y in (grad, input))
-        scale, shift = kernels.norm_sums(g, x, *statistics, (num_groups, 0, c // num_groups))
+        scale, shift = kernels.norm_sums(g, x, *statistics, by_position=False)
         return {"weight": Dense(scale), "bias": Dense(shift)}
     # of the scale it takes the shape alone here
     (mean, rstd), scaled = statistics, statistics[0].new_empty(n * c)
