@@ -24,16 +24,13 @@ SUMS = {
 }
 
 
-def types_of(name: str, pointers: dict[str, str], *constants: str) -> dict[str, str]:
+def types_of(name: str, pointers: dict[str, str]) -> dict[str, str]:
     """Of pointers as they are given, of all others whole numbers."""
-    return pointers | dict.fromkeys({*getattr(kernels, name).arg_names} - pointers.keys() - {*constants}, "i32")
+    return dict.fromkeys(getattr(kernels, name).arg_names, "i32") | pointers
 
 
-PATCHES = types_of(
-    "_patch_products", {**dict.fromkeys(("grad", "image", "out"), "*bf16"), "parts": "*fp32"}, "size", "block_p", "written"
-)
-PADDED = types_of("_padded", dict.fromkeys(("image", "out"), "*bf16"), "block_rows", "block")
-SCALED = types_of("_scaled", {"weights": "*fp32", **dict.fromkeys(("rows", "out"), "*bf16")}, "block")
+PATCHES = types_of("_patch_products", {**dict.fromkeys(("grad", "image", "out"), "*bf16"), "parts": "*fp32"})
+SCALED = types_of("_scaled", {"weights": "*fp32", **dict.fromkeys(("rows", "out"), "*bf16")})
 # Triton takes an argument that is 1 for a constant, and one beyond 32 bits for another type.
 VARIANTS = [
     ("_weighted_rows", ROWS, {"block": 1024}),
@@ -42,10 +39,8 @@ VARIANTS = [
     ("_gram_norms", GRAMS, {"block": 128, "step": 64}),
     ("_gram_norms", GRAMS, {"left_o": 1, "right_i": 1, "pairs": 1, "block": 16, "step": 64}),
     ("_gram_norms", {**GRAMS, "left_m": "i64"}, {"t": 1, "o": 1, "i": 1, "block": 16, "step": 64}),
-    ("_patch_products", PATCHES, {"size": 64, "block_p": 64, "written": False}),
-    ("_patch_products", PATCHES, {"kernel_d": 1, "step_w": 1, "spread_w": 1, "size": 128, "block_p": 32, "written": True}),
-    ("_padded", PADDED, {"depth": 1, "block_rows": 64, "block": 64}),
-    ("_padded", {**PADDED, "rows": "i64"}, {"block_rows": 1, "block": 4096}),
+    ("_patch_products", PATCHES, {"size": 64, "block_p": 64, "deep": True, "written": False}),
+    ("_patch_products", PATCHES, {"depth": 1, "stride_w": 1, "size": 128, "block_p": 32, "deep": False, "written": True}),
     ("_norm_sums", SUMS, {"by_p": 1, "by_position": False, "block_k": 32, "block_p": 128}),
     ("_norm_sums", {**SUMS, "mean": "*fp32", "rstd": "*fp32"}, {"by_k": 1, "by_position": True, "block_k": 32, "block_p": 128}),
     ("_scaled", SCALED, {"block": 4096}),
@@ -91,13 +86,12 @@ for c, o, size, kernel, stride, padding, dilation in [
     y = convolution(x.double(), weight, None, stride, padding, dilation)
     grad = torch.randn_like(y).half()
     wanted = torch.stack([torch.autograd.grad(y[i], weight, grad[i].double(), retain_graph=True)[0] for i in range(2)])
-    padded = kernels.padded(x, padding)
-    assert torch.equal(padded, F.pad(x, [pad for pad in reversed(padding) for _ in range(2)]))
+    settings = stride, padding, dilation
     out = torch.full((2, *weight.shape), float("nan")).half()
-    squares = kernels.patch_products(grad, padded, kernel, stride, dilation, out)
+    squares = kernels.patch_products(grad, x, weight.shape, settings, out)
     near(out, wanted, 2e-3)
     near(squares, wanted.flatten(1).square().sum(1), 1e-5)
-    near(kernels.patch_products(grad, padded, kernel, stride, dilation), wanted.flatten(1).square().sum(1), 1e-5)
+    near(kernels.patch_products(grad, x, weight.shape, settings), wanted.flatten(1).square().sum(1), 1e-5)
 for n, t, d in [(3, 5, 7), (2, 200, 70), (1, 1, 1), (2, 3, 768)]:
     grad, x = torch.randn(2, n, t, d).half()
     mean, rstd = torch.randn(n, t, 1), torch.rand(n, t, 1)

@@ -26,7 +26,7 @@ class Ways(NamedTuple):
     own: bool
     # gradients by one convolution with the samples as groups, and not from patches
     folds: bool
-    # what patches take for each sample in bytes, where gradients are formed from them (the image, by our own kernel), and the gradients
+    # what patches take for each sample in bytes, where gradients are formed from them, and what the gradients take
     patches: int
     gradients: int
 
@@ -44,7 +44,7 @@ def ways(geometry: Geometry, itemsize: int, rate: Rates, *, has_kernel: bool = F
     alone = _own_seconds(geometry, rate) if has_kernel and geometry.groups == 1 else math.inf
     best = min(fold, products, alone)
     own, folds, gram = alone == best, fold == best < alone, _gram_seconds(geometry, itemsize, rate) <= best
-    patches = _padded(geometry) if own else 0 if folds else _patches(geometry)
+    patches = 0 if own or folds else _patches(geometry)
     return Ways(gram, own, folds, patches * itemsize, math.prod(geometry.shape) * itemsize)
 
 
@@ -89,8 +89,3 @@ def _flops(geometry: Geometry) -> int:
 
 def _patches(geometry: Geometry) -> int:
     return geometry.groups * math.prod(geometry.shape[1:]) * math.prod(geometry.space)
-
-
-def _padded(geometry: Geometry) -> int:
-    sizes = [size + 2 * pad for size, pad in zip(geometry.sizes, geometry.padding, strict=True)]
-    return geometry.groups * geometry.shape[1] * math.prod(sizes)

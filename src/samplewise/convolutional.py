@@ -154,10 +154,9 @@ class Convolution(Factor):
 
     def by_own_kernel(self, out: Tensor | None = None) -> Tensor:
         """Squared norms, `(n,)`; the gradients are written into `out`, `(n, *shape)`, if it is given."""
-        kernels, grad, image = self._own_kernels(), self.grad.contiguous(), self.input.contiguous()
+        kernels, settings = self._own_kernels(), (self.stride, self.padding, self.dilation)
         assert kernels is not None
-        image = kernels.padded(image, self.padding) if any(self.padding) else image
-        found: Tensor = kernels.patch_products(grad, image, self.shape[2:], self.stride, self.dilation, out)
+        found: Tensor = kernels.patch_products(self.grad.contiguous(), self.input.contiguous(), self.shape, settings, out)
         return found
 
     def _own_kernels(self) -> ModuleType | None:

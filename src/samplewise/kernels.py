@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Stride, padding and dilation.
+Settings = tuple[Sequence[int], Sequence[int], Sequence[int]]
 # Places within a sample are counted in 32 bits.
 _MOST = 2**31
 # Numbers that a program of a pass over memory works on at once.
@@ -50,58 +52,34 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     return parts.sum(1)
 
 
-def patch_products(
-    grad: Tensor,
-    image: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    out: Tensor | None = None,
-) -> Tensor:
+def patch_products(grad: Tensor, image: Tensor, shape: Sequence[int], settings: Settings, out: Tensor | None = None) -> Tensor:
     """`sum_p grad[n,o,p] patch[n,p,j]` for each channel and tap j: the weight gradients of a convolution, and no patch is written.
 
     Args:
         grad: `(n, o, *space)` contiguous, of one to three axes of space, in half precision.
-        image: `(n, c, *sizes)` contiguous, padded, of the same type.
-        kernel: The taps along each axis.
-        stride: Pixels from one position to the next.
-        dilation: Pixels from one tap to the next.
-        out: `(n, o, c, *kernel)` contiguous, for the gradients; without it they are not written.
+        image: `(n, c, *sizes)` contiguous, of the same type.
+        shape: Of the gradients, `(o, c, *kernel)`.
+        settings: Stride, padding and dilation, along each axis.
+        out: `(n, *shape)` contiguous, for the gradients; without it they are not written.
 
     Returns:
         Their squared norms, `(n,)` in float32.
     """
-    (n, o, *space), strides = grad.shape, image.stride()[2:]
-    steps, spread = ([s * by for s, by in zip(strides, apart, strict=True)] for apart in (stride, dilation))
-    positions, columns = grad[0, 0].numel(), image.shape[1] * math.prod(kernel)
+    (n, o, *space), (_, c, *sizes), columns = grad.shape, image.shape, math.prod(shape[1:])
     # measured on an H200: without a pipeline for few outputs, which leaves room for more programs at once
     block, block_p, warps, stages = (64, 64, 4, 1) if o <= 64 else (128, 32, 8, 3)
     blocks = triton.cdiv(o, block) * triton.cdiv(columns, block)
     parts = torch.empty(n, blocks, dtype=torch.float32, device=grad.device)
+    stride, padding, dilation = (_three(x, other) for x, other in zip(settings, (1, 0, 1), strict=True))
     with torch.cuda.device(grad.device):
         _patch_products[n * blocks,](
-            *(grad, image, grad if out is None else out, parts, o, positions, columns, blocks, *image.stride()[:2]),
-            *(*_three(space, 1)[1:], *_three(kernel, 1), *_three(steps, 0), *_three(spread, 0)),
-            *(block, block_p, out is not None),
+            *(grad, image, grad if out is None else out, parts, o, math.prod(space), columns, blocks, c),
+            *(*_three(space, 1)[1:], *_three(sizes, 1), *_three(shape[2:], 1), *stride, *padding, *dilation),
+            *(block, block_p, len(space) == 3, out is not None),
             num_warps=warps,
             num_stages=stages,
         )
     return parts.sum(1)
-
-
-def padded(image: Tensor, padding: Sequence[int]) -> Tensor:
-    """An image `(n, c, *sizes)` contiguous with zeros around, on both sides of each axis of space."""
-    n, channels, *sizes = image.shape
-    around = [size + 2 * pad for size, pad in zip(sizes, padding, strict=True)]
-    out = image.new_empty(n, channels, *around)
-    block = min(_PASS, triton.next_power_of_2(around[-1]))
-    rows, blocks = n * channels * math.prod(around[:-1]), triton.cdiv(around[-1], block)
-    with torch.cuda.device(image.device):
-        _padded[triton.cdiv(rows, _PASS // block) * blocks,](
-            *(image, out, rows, blocks, *_three(sizes, 1), *_three(around, 1)[1:], *_three(padding, 0)),
-            *(_PASS // block, block),
-        )
-    return out
 
 
 def _three(values: Sequence[int], other: int) -> tuple[int, ...]:
@@ -203,40 +181,53 @@ def _patch_products(  # type: ignore[no-untyped-def]
     positions,
     columns,
     blocks,
-    image_n,
-    channel,
+    channels,
+    out_height,
+    out_width,
+    depth,
     height,
     width,
     kernel_d,
     kernel_h,
     kernel_w,
-    step_d,
-    step_h,
-    step_w,
-    spread_d,
-    spread_h,
-    spread_w,
+    stride_d,
+    stride_h,
+    stride_w,
+    padding_d,
+    padding_h,
+    padding_w,
+    dilation_d,
+    dilation_h,
+    dilation_w,
     size: tl.constexpr,
     block_p: tl.constexpr,
+    deep: tl.constexpr,
     written: tl.constexpr,
 ):
     n, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     across = tl.cdiv(columns, size)
     o, j = (block // across) * size + tl.arange(0, size), (block % across) * size + tl.arange(0, size)
-    # j counts the taps of a channel by depth, height and width
+    # j counts the taps of a channel by depth, height and width; a tap sees the pixel of its move, and of the position
     row, plane = j // kernel_w, j // (kernel_w * kernel_h)
-    of_tap = (j % kernel_w) * spread_w + (row % kernel_h) * spread_h + (plane % kernel_d) * spread_d
-    of_column = (plane // kernel_d) * channel + of_tap
+    move_w, move_h = (j % kernel_w) * dilation_w - padding_w, (row % kernel_h) * dilation_h - padding_h
+    move_d, c = (plane % kernel_d) * dilation_d - padding_d, plane // kernel_d
+    of_column = ((c * depth + move_d) * height + move_h) * width + move_w
     grad += n * outputs * positions
-    image += n * image_n
+    image += n * channels * depth * height * width
     total = tl.zeros((size, size), tl.float32)
     for start in range(0, positions, block_p):
         p = start + tl.arange(0, block_p)
-        inside = (p < positions)[None, :]
-        of_position = (p % width) * step_w + ((p // width) % height) * step_h + (p // (width * height)) * step_d
-        grads = tl.load(grad + o[:, None] * positions + p[None, :], mask=(o < outputs)[:, None] & inside, other=0.0)
+        w, h = (p % out_width) * stride_w, ((p // out_width) % out_height) * stride_h
+        d = (p // (out_width * out_height)) * stride_d
+        there, of_position = (p < positions)[None, :], (d * height + h) * width + w
+        grads = tl.load(grad + o[:, None] * positions + p[None, :], mask=(o < outputs)[:, None] & there, other=0.0)
+        # around the image there are zeros
+        there = there & (j < columns)[:, None]
+        there = there & _within(move_h, h, height) & _within(move_w, w, width)
+        if deep:
+            there = there & _within(move_d, d, depth)
         # positions last: neighbouring ones lie next to each other in memory, and taps do not
-        patches = tl.load(image + of_column[:, None] + of_position[None, :], mask=(j < columns)[:, None] & inside, other=0.0)
+        patches = tl.load(image + (of_column[:, None] + of_position[None, :]), mask=there, other=0.0)
         total = tl.dot(grads, tl.trans(patches), total)
     tl.store(parts + tl.program_id(0), tl.sum(tl.sum(total * total, 1), 0))
     if written:
@@ -244,32 +235,10 @@ def _patch_products(  # type: ignore[no-untyped-def]
         tl.store(place, total.to(out.dtype.element_ty), mask=(o < outputs)[:, None] & (j < columns)[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _padded(  # type: ignore[no-untyped-def]
-    image,
-    out,
-    rows,
-    blocks,
-    depth,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_depth,
-    pad_height,
-    pad_width,
-    block_rows: tl.constexpr,
-    block: tl.constexpr,
-):
-    row = (tl.program_id(0) // blocks).to(tl.int64) * block_rows + tl.arange(0, block_rows)
-    at = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
-    # a row of the result is one of an image's channel, of a depth and a height
-    plane, out_depth = row // out_height, depth + 2 * pad_depth
-    h, d, w = row % out_height - pad_height, plane % out_depth - pad_depth, at - pad_width
-    there = (h >= 0) & (h < height) & (d >= 0) & (d < depth) & (row < rows)
-    place = ((plane // out_depth * depth + d) * height + h) * width
-    numbers = tl.load(image + place[:, None] + w[None, :], mask=there[:, None] & ((w >= 0) & (w < width))[None, :], other=0.0)
-    tl.store(out + (row * out_width)[:, None] + at[None, :], numbers, mask=(row < rows)[:, None] & (at < out_width)[None, :])
+@triton.jit
+def _within(moves, places, size):  # type: ignore[no-untyped-def]
+    """Which pixels are in the image, along one axis: those before its begin are, without a sign, far beyond its end."""
+    return (moves[:, None] + places[None, :]).to(tl.uint32, bitcast=True) < size
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -293,8 +262,7 @@ def _norm_sums(  # type: ignore[no-untyped-def]
     block_p: tl.constexpr,
 ):
     n, k = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * block_k + tl.arange(0, block_k)
-    grad += n.to(tl.int64) * by_n
-    input += n.to(tl.int64) * by_n
+    start = n.to(tl.int64) * by_n
     mean += n * means
     rstd += n * means
     scales, shifts = tl.zeros((block_k, block_p), tl.float32), tl.zeros((block_k, block_p), tl.float32)
@@ -302,8 +270,8 @@ def _norm_sums(  # type: ignore[no-untyped-def]
         p = first + tl.arange(0, block_p)
         inside = (k < size)[:, None] & (p < positions)[None, :]
         place = k[:, None] * by_k + p[None, :] * by_p
-        g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(input + place, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + start + place, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(input + start + place, mask=inside, other=0.0).to(tl.float32)
         if by_position:
             x -= tl.load(mean + p, mask=p < positions, other=0.0).to(tl.float32)[None, :]
             x *= tl.load(rstd + p, mask=p < positions, other=0.0).to(tl.float32)[None, :]
