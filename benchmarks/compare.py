@@ -208,7 +208,7 @@ def prepared(method: Method, problem: Problem) -> Callable[[], object]:
 
 
 def measured(workload: str, place: Place, repeats: int, budget: float) -> Iterator[Figures]:
-    """Everything about one workload, as far as it is known: without memory first."""
+    """Everything about one workload, as far as it is known: without memory first, then with that of the plain step and ours."""
     problem = place.problem(workload, {})
     # some samples are clipped, some are not
     norms = loop_norms(problem)
@@ -237,7 +237,7 @@ def measured(workload: str, place: Place, repeats: int, budget: float) -> Iterat
         for cell, answer in zip(some, found, strict=True):
             cell.mib, cell.live = answer.get("mib"), answer.get("live")
             cell.trouble = f"memory not measured: {answer['trouble']}" if "trouble" in answer else ""
-    yield known()
+        yield known()
 
 
 def say(line: str) -> None:
