@@ -76,19 +76,27 @@ def test_models(name: str) -> None:
 
 
 class Text(nn.Module):
-    """Positions beyond one block of a Gram, a tied head, and norms."""
+    """Positions beyond one block of a Gram, a tied head, and norms; turned, the positions come first."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, *, tied: bool, turned: bool) -> None:
         super().__init__()
+        self.turned = turned
         self.tokens, self.places = nn.Embedding(50, 32), nn.Parameter(torch.randn(600, 32))
         self.up, self.norm, self.down = nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 32, bias=False)
         self.head = nn.Linear(32, 50, bias=False)
         if tied:
             self.head.weight = self.tokens.weight
+        if turned:
+            # the shift alone
+            self.norm.weight.requires_grad_(False)
+            self.last = nn.LayerNorm(32)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids) + self.places
-        return self.head(x + self.down(F.gelu(self.norm(self.up(x)))))
+        # samples along the second axis
+        x = self.last(x.transpose(0, 1)) if self.turned else x
+        x = self.head(x + self.down(F.gelu(self.norm(self.up(x)))))
+        return x.transpose(0, 1) if self.turned else x
 
 
 class Images(nn.Module):
@@ -132,7 +140,7 @@ def problem(name: str) -> tuple[nn.Module, object, tuple[Tensor, Tensor]]:
         images = torch.randn(N, 3, 16, 16, device=DEVICE).bfloat16().double()
         return Images().to(DEVICE), image_losses, (images, torch.randint(5, (N,), device=DEVICE))
     ids = torch.randint(50, (N, 600), device=DEVICE)
-    return Text(name == "tied").to(DEVICE), text_losses, (ids, ids.roll(-1, 1))
+    return Text(tied=name == "tied", turned=name == "turned").to(DEVICE), text_losses, (ids, ids.roll(-1, 1))
 
 
 def loop(model: nn.Module, losses: object, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -146,7 +154,7 @@ def norms_of(rows: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("strategy", ["auto", "gram", "tile", "store"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["text", "tied", "images"])
+@pytest.mark.parametrize("name", ["text", "tied", "turned", "images"])
 def test_every_strategy_in_every_type(name: str, dtype: torch.dtype, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, losses, batch = problem(name)
@@ -166,7 +174,7 @@ def test_every_strategy_in_every_type(name: str, dtype: torch.dtype, strategy: s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["text", "tied", "images"])
+@pytest.mark.parametrize("name", ["text", "tied", "turned", "images"])
 def test_autocast(name: str, dtype: torch.dtype) -> None:
     model, losses, batch = problem(name)
     wanted = loop(model, losses, batch)
@@ -189,7 +197,7 @@ def test_the_backward_knows_the_strategy() -> None:
         assert [row.algorithm for row in rec.coverage().rows if row.parameter == "up.weight"] == [(strategy,)]
 
 
-@pytest.mark.parametrize("name", ["text", "tied", "images"])
+@pytest.mark.parametrize("name", ["text", "tied", "turned", "images"])
 def test_a_step_does_not_wait_for_the_device(name: str) -> None:
     model, losses, batch = problem(name)
 
@@ -206,7 +214,7 @@ def test_a_step_does_not_wait_for_the_device(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["text", "tied", "images"])
+@pytest.mark.parametrize("name", ["text", "tied", "turned", "images"])
 def test_a_step_can_be_captured(name: str) -> None:
     """Replayed on another batch it gives that batch's numbers."""
     model, losses, batch = problem(name)

@@ -30,7 +30,7 @@ ALLOWED = {
     "errors": set(),
     "buffers": set(),
     "kernels": set(),
-    "products": {"buffers", "factors", "kernels"},
+    "products": {"buffers", "factors", "kernels", "running"},
     "strategy": {"errors", "products", "running"},
     "running": set(),
     "factors": set(),

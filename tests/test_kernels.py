@@ -73,6 +73,8 @@ for m, t, o, i in [(3, 37, 20, 50), (2, 1, 5, 7), (2, 130, 9, 70), (1, 300, 64, 
 for n, p in [(1, 1), (3, 1), (5, 1024), (16, 3000)]:
     weights, rows = torch.rand(2 * n)[::2], torch.randn(n, p).half()
     near(kernels.weighted_rows(weights, rows), weights.double() @ rows.double(), 1e-3)
+for n, p in [(1, 1), (3, 5000), (2, 4096)]:
+    weights, rows = torch.rand(2 * n)[::2], torch.randn(n, p).half()
     near(kernels.scaled(weights, rows), weights.double()[:, None] * rows.double(), 1e-3)
 for c, o, size, kernel, stride, padding, dilation in [
     (5, 7, (9, 8), (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -80,6 +82,11 @@ for c, o, size, kernel, stride, padding, dilation in [
     (4, 70, (50,), (5,), (2,), (2,), (1,)),
     (3, 4, (5, 6, 4), (2, 3, 2), (1, 2, 1), (1, 0, 1), (1, 1, 2)),
     (64, 64, (8, 8), (1, 1), (2, 2), (0, 0), (1, 1)),
+    # several blocks both ways, of both sizes
+    (33, 130, (4, 5), (3, 3), (1, 1), (1, 1), (1, 1)),
+    (20, 60, (5, 4), (3, 3), (1, 2), (1, 1), (1, 1)),
+    # taps that see nothing but the zeros around
+    (2, 3, (3, 2), (2, 1), (7, 1), (3, 2), (3, 1)),
 ]:
     convolution = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
     x, weight = torch.randn(2, c, *size).half(), torch.randn(o, c, *kernel).double().requires_grad_()
@@ -98,6 +105,9 @@ for n, t, d in [(3, 5, 7), (2, 200, 70), (1, 1, 1), (2, 3, 768)]:
     scale, shift = kernels.norm_sums(grad.mT, x.mT, mean, rstd, by_position=True)
     near(scale, (grad.double() * (x.double() - mean) * rstd).sum(1), 2e-3)
     near(shift, grad.double().sum(1), 2e-3)
+    # of samples that were along the second axis
+    moved = [y.transpose(0, 1).contiguous().transpose(0, 1) for y in (mean, rstd)]
+    assert torch.equal(scale, kernels.norm_sums(grad.mT, x.mT, *moved, by_position=True)[0])
 for n, c, groups, p in [(3, 6, 2, 5), (2, 70, 7, 1300), (1, 4, 4, 1), (2, 64, 8, 16)]:
     grad, x = torch.randn(2, n, c, p).half()
     mean, rstd = torch.randn(n, groups).half(), torch.rand(n, groups).half()

@@ -63,8 +63,12 @@ class InTorch:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> InTorch:
     made = InTorch()
+
+    def own_kernels(*given: Tensor) -> InTorch | None:
+        return made if not torch.is_grad_enabled() and len({x.device for x in given}) == 1 and not given[0].is_meta else None
+
     for module in ("products", "outer", "convolutional", "rules.normalization"):
-        monkeypatch.setattr(f"samplewise.{module}.own_kernels", lambda *_: None if torch.is_grad_enabled() else made)
+        monkeypatch.setattr(f"samplewise.{module}.own_kernels", own_kernels)
     cheapest = Ways(gram=False, own=True, folds=False, patches=64, gradients=64)
     monkeypatch.setattr("samplewise.convolutional.ways", lambda *_, has_kernel: cheapest._replace(own=has_kernel))
     # some samples at a time
@@ -93,14 +97,33 @@ def text() -> nn.Module:
     ).double()
 
 
+class Turned(nn.Module):
+    """Samples along the second axis, and norms of which one part alone is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.LayerNorm(4, dtype=torch.float64) for _ in range(3))
+        self.second.weight.requires_grad_(False)
+        self.third.bias.requires_grad_(False)
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return self.third(self.linear(self.second(self.linear(self.first(x)))).tanh()).transpose(0, 1)
+
+
 def losses(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).flatten(1).square().sum(1)
 
 
-PROBLEMS = [(images, torch.randn(N, 2, 6, 8, dtype=torch.float64)), (text, torch.arange(N * 5).view(N, 5) % 7)]
+PROBLEMS = [
+    (images, torch.randn(N, 2, 6, 8, dtype=torch.float64)),
+    (text, torch.arange(N * 5).view(N, 5) % 7),
+    (Turned, torch.randn(N, 5, 4, dtype=torch.float64)),
+]
 
 
-@pytest.mark.parametrize(("make", "x"), PROBLEMS, ids=["images", "text"])
+@pytest.mark.parametrize(("make", "x"), PROBLEMS, ids=["images", "text", "turned"])
 @pytest.mark.parametrize("strategy", ["auto", "gram", "tile", "store"])
 def test_all_quantities(make, x, strategy: str, kernels: InTorch) -> None:
     model = make()
@@ -117,7 +140,11 @@ def test_all_quantities(make, x, strategy: str, kernels: InTorch) -> None:
     into = {name: torch.full_like(row, float("nan")) for name, row in rows.items()}
     sw.per_sample_grads(model, losses, x, out=into)
     assert_rows(into, rows)
-    called = {"norm_sums": True, "scaled": strategy != "store", "gram_norms": make is text and strategy == "gram"}
+    called = {
+        "norm_sums": True,
+        "scaled": strategy != "store" and make is not Turned,
+        "gram_norms": make is text and strategy == "gram",
+    }
     called["patch_products"] = make is images and strategy != "gram"
     assert {name for name, expected in called.items() if expected} <= kernels.calls.keys()
 

@@ -38,6 +38,8 @@ class Slot:
     axis: Axis | None
     # whether the rule takes it as it is: of the gradients' own type, not complex, with its rows in front
     straight: bool
+    # whether it keeps a type of its own: what the op found, in better than half precision perhaps
+    own_type: bool = False
 
     def filled(self, saved: Sequence[Tensor], n: int, dtype: torch.dtype) -> Tensor:
         """The tensor as the rule sees it."""
@@ -45,7 +47,7 @@ class Slot:
         if self.straight:
             return tensor
         own = tensor.dtype
-        if own is not dtype and own.is_floating_point:
+        if own is not dtype and own.is_floating_point and not self.own_type:
             # under autocast an op computes in another type than its arguments have
             tensor = tensor.to(dtype)
         if own.is_complex:
@@ -350,9 +352,10 @@ def _held(
     slots: dict[int, Slot] = {}
     for name, _, x in tensors:
         axis = axes.get(id(x))
-        straight = dtypes == {x.dtype} and not x.is_complex() and (axis is None or axis.leads)
+        found = name == "statistics"
+        straight = (found or dtypes == {x.dtype}) and not x.is_complex() and (axis is None or axis.leads)
         if name in needed:
-            slots[id(x)] = Slot(len(saved), axis, straight)
+            slots[id(x)] = Slot(len(saved), axis, straight, own_type=found)
             # a derivative of the op's own backward meets the parameter itself
             saved.append(x if axis is not None or recording.create_graph else x.detach())
         elif id(x) not in slots:

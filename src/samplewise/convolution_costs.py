@@ -11,7 +11,7 @@ from .strategy import Rates
 # Channels that a convolution's kernels work on at once: fewer cost as much.
 LANES = 16
 # The same of our own kernel for CUDA, of few or many outputs and of columns of a patch; what it takes to begin, in positions; and its
-# flop/s, in those of batched products (measured on an H200: 0.28 to 0.43).
+# flop/s, in those of batched products (measured on an H200: 0.26 to 0.42).
 _FEW, _MANY, _BEGINNING, _OWN_KERNEL = 64, 128, 128, 0.3
 # Passes over memory that jump from run to run, in those of one that does not (measured with 2 threads and AVX512).
 _JUMPING = 2.5
@@ -32,8 +32,8 @@ class Ways(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """What has to find room in the cache for each sample, in bytes: our own kernel writes no gradients for norms."""
-        return self.patches if self.own else max(self.patches, self.gradients)
+        """What has to find room in the cache for each sample, in bytes."""
+        return max(self.patches, self.gradients)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -44,8 +44,8 @@ def ways(geometry: Geometry, itemsize: int, rate: Rates, *, has_kernel: bool = F
     alone = _own_seconds(geometry, rate) if has_kernel and geometry.groups == 1 else math.inf
     best = min(fold, products, alone)
     own, folds, gram = alone == best, fold == best < alone, _gram_seconds(geometry, itemsize, rate) <= best
-    patches = 0 if own or folds else _patches(geometry)
-    return Ways(gram, own, folds, patches * itemsize, math.prod(geometry.shape) * itemsize)
+    patches = 0 if folds else _patches(geometry) * itemsize
+    return Ways(gram, own, folds, patches, math.prod(geometry.shape) * itemsize)
 
 
 def is_pointwise(geometry: Geometry) -> bool:

@@ -74,13 +74,13 @@ class Convolution(Factor):
     def write(self, out: Tensor) -> Tensor:
         if not self.n:
             return out
-        folds, straight, own = self.ways.folds, self._multiplies_into(out), self._own_kernels() is not None
+        if self._own_kernels() is not None:
+            return self._write_by_own_kernel(out)
+        folds, straight = self.ways.folds, self._multiplies_into(out)
         # what is written once needs no place in the cache
         size = chunk_size(self.ways.patches if straight else self.ways.tile, self.n, out.device)
         for rows, part in zip(out.split(size), self._parts(size), strict=True):
-            if own and straight:
-                part.by_own_kernel(rows)
-            elif folds:
+            if folds:
                 rows.copy_(part.folded())
             elif straight:
                 part.unfolded(scratch).write(rows)
@@ -95,6 +95,9 @@ class Convolution(Factor):
         if self.algorithm == "gram":
             held = self.groups * math.prod(self.grad.shape[2:]) ** 2 * max(4, self.grad.element_size())
             return joined([part.gram_squares() for part in self._parts(chunk_size(held, self.n, self.grad.device))])
+        if self._own_kernels() is not None:
+            # it takes no memory
+            return self.by_own_kernel()
         return joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.tile, self.n, self.grad.device))])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -128,8 +131,6 @@ class Convolution(Factor):
 
     def tile_squares(self) -> Tensor:
         """From the gradients, which the next ones overwrite, `(n,)`."""
-        if self._own_kernels() is not None:
-            return self.by_own_kernel()
         if self.ways.folds:
             return squares(self.folded())
         if self._in_runs_of_channels():
@@ -159,6 +160,17 @@ class Convolution(Factor):
         found: Tensor = kernels.patch_products(self.grad.contiguous(), self.input.contiguous(), self.shape, settings, out)
         return found
 
+    def _write_by_own_kernel(self, out: Tensor) -> Tensor:
+        if out.is_contiguous() and out.dtype == self.grad.dtype:
+            self.by_own_kernel(out)
+            return out
+        size = chunk_size(self.ways.gradients, self.n, out.device)
+        for rows, part in zip(out.split(size), self._parts(size), strict=True):
+            gradients = part.grad.new_empty(rows.shape)
+            part.by_own_kernel(gradients)
+            rows.copy_(gradients)
+        return out
+
     def _own_kernels(self) -> ModuleType | None:
         """Our own kernels, where they are the cheapest way and no graph is built."""
         return own_kernels(self.grad, self.input) if self.ways.own else None
@@ -183,8 +195,7 @@ class Convolution(Factor):
 
     def _multiplies_into(self, out: Tensor) -> bool:
         """Whether products of output gradients and patches go straight into the result: BLAS wants an even side last."""
-        even = self.ways.own or math.prod(self.shape[1:]) % LANES == 0
-        return even and not self.ways.folds and out.is_contiguous() and out.dtype == self.grad.dtype
+        return not self.ways.folds and math.prod(self.shape[1:]) % LANES == 0 and out.is_contiguous()
 
     def _left(self) -> Tensor:
         """The output gradient as the left of outer products, `(n, g, t, o)`."""

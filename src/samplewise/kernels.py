@@ -21,8 +21,9 @@ _PASS = 4096
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the numbers of each row of `(n, ...)` lie near enough to each other."""
-    return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) < _MOST
+    """Whether the numbers of each row of `(n, ...)` lie near enough to each other, and would in a row of their own."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return max(reach, math.prod(x.shape[1:])) < _MOST
 
 
 def gram_norms(left: Tensor, right: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def norm_sums(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, *, by_pos
     scale, shift = (torch.empty(n, k, dtype=grad.dtype, device=grad.device) for _ in range(2))
     with torch.cuda.device(grad.device):
         _norm_sums[n * blocks,](
-            *(grad, input, mean, rstd, scale, shift),
+            *(grad, input, mean.contiguous(), rstd.contiguous(), scale, shift),
             *(k, p, blocks, *grad.stride(), means, 1 if by_position else k // means),
             *(by_position, block_k, block_p),
         )
@@ -150,6 +151,9 @@ def _gram_norms(  # type: ignore[no-untyped-def]
     m, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
     # the pairs (0, 0), (1, 0), (1, 1), (2, 0), ...: those above the diagonal are the same
     first = ((tl.sqrt(8.0 * pair + 1) - 1) / 2).to(tl.int32)
+    # a root may be a little off
+    first -= (first * (first + 1) // 2 > pair).to(tl.int32)
+    first += ((first + 1) * (first + 2) // 2 <= pair).to(tl.int32)
     second = pair - first * (first + 1) // 2
     rows, columns = first * block + tl.arange(0, block), second * block + tl.arange(0, block)
     lefts = _products(left + m.to(tl.int64) * left_m, rows, columns, t, o, left_t, left_o, block, step)
@@ -261,8 +265,8 @@ def _norm_sums(  # type: ignore[no-untyped-def]
     block_k: tl.constexpr,
     block_p: tl.constexpr,
 ):
-    n, k = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * block_k + tl.arange(0, block_k)
-    start = n.to(tl.int64) * by_n
+    n, k = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * block_k + tl.arange(0, block_k)
+    start = n * by_n
     mean += n * means
     rstd += n * means
     scales, shifts = tl.zeros((block_k, block_p), tl.float32), tl.zeros((block_k, block_p), tl.float32)

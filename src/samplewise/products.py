@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .buffers import scratch
 from .factors import HALF, wide
+from .running import in_transform
 
 # In flop: below it oneDNN's calls cost more than the product.
 _SMALL_PRODUCT = 4e6
@@ -66,13 +67,13 @@ def unobserved(*given: Tensor) -> bool:
 
 
 def own_kernels(*given: Tensor) -> ModuleType | None:
-    """Our own kernels, where they may take some tensors: of one type of half precision, on CUDA, and no graph or trace is made."""
+    """Our own kernels, where they may take some tensors: of one type of half precision, on one GPU, and no graph or trace is made."""
     first = given[0]
     if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled() or not unobserved(*given):
         return None
-    kernels = _kernels()
-    fit = kernels is not None and all(x.numel() and x.dtype is first.dtype and kernels.takes(x) for x in given)
-    return kernels if fit else None
+    kernels = None if in_transform() else _kernels()
+    alike = all(x.numel() and x.dtype is first.dtype and x.device == first.device for x in given)
+    return kernels if kernels is not None and alike and all(kernels.takes(x) for x in given) else None
 
 
 def has_own_kernels(like: Tensor) -> bool:
