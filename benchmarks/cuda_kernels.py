@@ -55,7 +55,7 @@ def with_torch_alone(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same call without our kernels."""
 
     def alone() -> Tensor:
-        kept, products._kernels = products._kernels, lambda: None
+        kept, products._kernels = products._kernels, lambda *_: None
         try:
             return run()
         finally:
@@ -104,8 +104,8 @@ def first_of(made: dict[str, object]) -> Tensor:
 
 def main() -> None:
     torch.set_grad_enabled(False)
-    if products._kernels() is None:
-        raise SystemExit("cuda_kernels: Triton is not installed; it comes with torch for CUDA")
+    if products._kernels(torch.device("cuda"), torch.bfloat16) is None:
+        raise SystemExit("cuda_kernels: Triton is not installed, or cannot compile here; it comes with torch for CUDA")
     rate, copied = ceilings()
     print(
         f"torch {torch.__version__}, {torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s bfloat16, {copied / 1e12:.1f} TB/s\n"

@@ -1,12 +1,15 @@
 """The places of our own CUDA kernels in factors and rules: on a CPU, with functions of torch in the kernels' stead."""
 
+import sys
 from collections import Counter
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Size, Tensor, nn
 
 import samplewise as sw
+from samplewise import products
 from samplewise.convolution_costs import Ways, ways
 from samplewise.convolutional import Convolution
 from samplewise.pixels import Geometry
@@ -179,3 +182,19 @@ def test_the_way_of_a_convolution_on_a_gpu(shape: tuple[int, ...], size: int, st
     found = ways(geometry, 2, H200, has_kernel=True)
     assert ("gram" if found.gram else "own" if found.own else "folds" if found.folds else "patches") == way
     assert not ways(geometry, 2, H200).own
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_kernels_that_do_not_run_are_not_used(monkeypatch: pytest.MonkeyPatch, *, runs: bool) -> None:
+    """Where Triton finds no compiler, or a card has not enough memory for a block."""
+    module = ModuleType("samplewise.kernels")
+    module.gram_norms = InTorch().gram_norms if runs else lambda *_: 1 / 0
+    monkeypatch.setitem(sys.modules, "samplewise.kernels", module)
+    monkeypatch.setattr(sw, "kernels", module, raising=False)
+    # not from what is remembered
+    found = products._kernels.__wrapped__
+    if runs:
+        assert found(torch.device("cpu"), torch.bfloat16) is module
+        return
+    with pytest.warns(UserWarning, match="do not run on cpu, torch's serve in their stead: division by zero"):
+        assert found(torch.device("cpu"), torch.bfloat16) is None

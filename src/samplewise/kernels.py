@@ -4,6 +4,7 @@ Each does in one pass what functions of torch do beside it: Grams and their prod
 in memory, the sums that scale and shift of a norm have as gradients, rows times weights, and products of weights and rows.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -48,9 +49,16 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
             block,
             64,
             num_warps=8 if block == 128 else 4,
-            num_stages=4,
+            num_stages=_stages(left.device),
         )
     return parts.sum(1)
+
+
+@functools.cache
+def _stages(device: torch.device) -> int:
+    """How many blocks of 32 KiB are on their way at once: consumer cards have room for three."""
+    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) if device.type == "cuda" else 0
+    return 4 if room > 2**17 else 3
 
 
 def patch_products(grad: Tensor, image: Tensor, shape: Sequence[int], settings: Settings, out: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Products of matrices: into memory in use, in float32 where half precision comes in, by oneDNN, and by kernels of our own."""
 
 import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from .buffers import scratch
 from .factors import HALF, wide
-from .running import in_transform
+from .running import in_transform, unrecorded
 
 # In flop: below it oneDNN's calls cost more than the product.
 _SMALL_PRODUCT = 4e6
@@ -71,21 +72,31 @@ def own_kernels(*given: Tensor) -> ModuleType | None:
     first = given[0]
     if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled() or not unobserved(*given):
         return None
-    kernels = None if in_transform() else _kernels()
+    kernels = None if in_transform() else _kernels(first.device, first.dtype)
     alike = all(x.numel() and x.dtype is first.dtype and x.device == first.device for x in given)
     return kernels if kernels is not None and alike and all(kernels.takes(x) for x in given) else None
 
 
 def has_own_kernels(like: Tensor) -> bool:
     """Whether there are kernels of our own for the device and the type of a tensor."""
-    return like.device.type == "cuda" and like.dtype in HALF and _kernels() is not None
+    return like.device.type == "cuda" and like.dtype in HALF and _kernels(like.device, like.dtype) is not None
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Our own kernels, where they run: Triton wants a C compiler on the machine, and a card that knows the type."""
     try:
         from . import kernels  # noqa: PLC0415  (Triton comes with torch for CUDA)
     except ImportError:
+        return None
+    try:
+        with unrecorded():
+            # the one that wants most of a card
+            kernels.gram_norms(*torch.zeros(2, 1, 128, 64, device=device, dtype=dtype))
+    except Exception as error:  # noqa: BLE001  (whatever a compiler raises)
+        warnings.warn(
+            f"samplewise: Triton's kernels do not run on {device}, torch's serve in their stead: {error}", stacklevel=2
+        )
         return None
     return kernels
 
