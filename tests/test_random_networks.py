@@ -55,6 +55,9 @@ FOUND = [
     (Case((("autocast", 29), ("derived weight", 91), ("residual", 10)), n=2, d=3), "exact"),
     # a row of a buffer that nobody wrote
     (Case((("pool", 231), ("routed", 114), ("detached", 73), ("scale", 36)), n=2, d=4, how=1, seed=452), "exact refused"),
+    # a buffer for rows of which there are none
+    (Case((("scale", 80), ("routed", 19), ("buffer", 205)), n=2, d=3), "exact"),
+    (Case((("tied", 6), ("routed", 221), ("buffer", 177)), n=2, t=4, seed=50), "exact"),
 ]
 
 # Plain steps that are refused today: after how many variants they come again, which of them, and the reason.

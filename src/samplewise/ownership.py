@@ -239,6 +239,8 @@ def _rest_differs(call: Call, dim: int, put: Placing) -> bool:
     target = put.target
     if call.name != "setitem" and not any(target is x for x in call.results):
         return differs_by_row(target, dim)
+    if not target.numel():
+        return False
     if put.adds or target.is_complex():
         return True
     values = torch.unique(target.detach(), return_inverse=True)[1]
