@@ -46,6 +46,7 @@ class InTorch:
         )
         if out is not None:
             assert out.is_contiguous()
+            assert out.dtype == grad.dtype
             out.copy_(found)
         return found.flatten(1).square().sum(1)
 
@@ -164,6 +165,45 @@ def test_a_graph_goes_by_torch(kernels: InTorch) -> None:
     assert factor.sq_norms().requires_grad
 
 
+@pytest.mark.parametrize("make", [lambda rows: rows.mT.contiguous().mT, Tensor.float], ids=["strided", "float32"])
+def test_rows_that_no_kernel_writes_to(make, kernels: InTorch) -> None:
+    """Some at a time, by memory that it does."""
+    grad, image = torch.randn(7, 4, 6, 6, dtype=torch.float64), torch.randn(7, 2, 6, 6, dtype=torch.float64)
+    factor = Convolution(grad, image, Size((4, 2, 3, 3)), (1, 1), (1, 1), (1, 1), 1)
+    out = make(torch.full((7, 4, 2, 3, 3), float("nan"), dtype=torch.float64))
+    with torch.no_grad():
+        factor.write(out)
+    assert kernels.calls["patch_products"] > 1
+    torch.testing.assert_close(out, factor.unfold().to_dense().to(out.dtype))
+
+
+def test_statistics_keep_their_type(kernels: InTorch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA those of a layer norm in half precision are float32; rounded, they would be off where numbers are far from zero."""
+    native = torch.native_layer_norm
+
+    def as_on_cuda(x: Tensor, *args: object) -> tuple[Tensor, ...]:
+        return native(x, *args)[0], *native(x.float(), args[0], None, None, 1e-5)[1:]
+
+    monkeypatch.setattr("samplewise.rules.normalization.has_own_kernels", lambda _: True)
+    monkeypatch.setattr(torch, "native_layer_norm", as_on_cuda)
+    model, x = nn.LayerNorm(64).half(), (30 + 0.2 * torch.randn(N, 5, 64)).half()
+    found = sw.per_sample_grads(model, losses, x)["weight"]
+    wide = nn.LayerNorm(64).double()
+    wanted = stacked(wide, losses(wide, x.double()))["weight"]
+    assert kernels.calls["norm_sums"]
+    assert (found.double() - wanted).norm() < 2e-3 * wanted.norm()
+
+
+def test_gradients_of_half_precision_into_float32_do_not_overflow() -> None:
+    """Written where they are wide, they are formed so."""
+    grad, image = torch.full((2, 16, 2, 2), 200.0).half(), torch.full((2, 32, 2, 2), 200.0).half()
+    factor = Convolution(grad, image, Size((16, 32, 1, 1)), (1, 1), (0, 0), (1, 1), 1)
+    out = torch.empty(2, 16, 32, 1, 1)
+    with torch.no_grad():
+        factor.write(out)
+    torch.testing.assert_close(out, torch.full_like(out, 4 * 200.0**2))
+
+
 @pytest.mark.parametrize(
     ("shape", "size", "stride", "groups", "way"),
     [
@@ -192,9 +232,11 @@ def test_kernels_that_do_not_run_are_not_used(monkeypatch: pytest.MonkeyPatch, *
     monkeypatch.setitem(sys.modules, "samplewise.kernels", module)
     monkeypatch.setattr(sw, "kernels", module, raising=False)
     # not from what is remembered
-    found = products._kernels.__wrapped__
+    found = products._tried.__wrapped__
     if runs:
         assert found(torch.device("cpu"), torch.bfloat16) is module
         return
-    with pytest.warns(UserWarning, match="do not run on cpu, torch's serve in their stead: division by zero"):
+    with pytest.warns(
+        UserWarning, match=r"do not run on cpu, torch's serve in their stead \(ZeroDivisionError: division by zero\)"
+    ):
         assert found(torch.device("cpu"), torch.bfloat16) is None

@@ -140,7 +140,8 @@ def tap(
     dtypes = {x.dtype for x in outs}
     wanted = [(name, k, x) for name, k, x in slots if id(x) in own]
     needed = rule.saved_for({name for name, _, _ in wanted}) | set(rule.saved_for_back if input is not None else ())
-    plain, held, saved = _held(recording, arguments, slots, needed, axes, dtypes)
+    found = "statistics" if rule.run is not None else None
+    plain, held, saved = _held(recording, arguments, slots, needed, axes, dtypes, found)
     sources = [source_of(recording, x) for *_, x in wanted]
     back = None if input is None else tuple(_place(held[name]) for name in rule.saved_for_back if name in held)
     straight = {name: slot for name, slot in held.items() if isinstance(slot, Slot) and slot.straight}
@@ -307,6 +308,9 @@ def _meet_again(recording: Recorder, func: Function, meeting: Meeting, args: tup
         values[k] = args[k].detach()
         sources.append(recording.sources[id(args[k])])
     out, statistics = _run(func, meeting.decision.rule, values, {}, graph=meeting.led_to is None)
+    if len(statistics) < meeting.statistics:
+        # it kept more before
+        return NotImplemented
     saved = [values[k] for k in meeting.saved]
     if meeting.statistics:
         saved += statistics[: meeting.statistics]
@@ -346,16 +350,19 @@ def _held(
     needed: set[str],
     axes: Mapping[int, Axis],
     dtypes: set[torch.dtype],
+    found: str | None,
 ) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
-    """A rule's arguments without tensors, the others with slots for them, and what has to be saved; parameters detached."""
+    """A rule's arguments without tensors, the others with slots for them, and what has to be saved; parameters detached.
+
+    `found`: the argument that the op itself found.
+    """
     saved: list[Tensor] = []
     slots: dict[int, Slot] = {}
     for name, _, x in tensors:
         axis = axes.get(id(x))
-        found = name == "statistics"
-        straight = (found or dtypes == {x.dtype}) and not x.is_complex() and (axis is None or axis.leads)
+        straight = (name == found or dtypes == {x.dtype}) and not x.is_complex() and (axis is None or axis.leads)
         if name in needed:
-            slots[id(x)] = Slot(len(saved), axis, straight, own_type=found)
+            slots[id(x)] = Slot(len(saved), axis, straight, own_type=name == found)
             # a derivative of the op's own backward meets the parameter itself
             saved.append(x if axis is not None or recording.create_graph else x.detach())
         elif id(x) not in slots:

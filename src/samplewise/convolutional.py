@@ -96,7 +96,7 @@ class Convolution(Factor):
             held = self.groups * math.prod(self.grad.shape[2:]) ** 2 * max(4, self.grad.element_size())
             return joined([part.gram_squares() for part in self._parts(chunk_size(held, self.n, self.grad.device))])
         if self._own_kernels() is not None:
-            # it takes no memory
+            # it writes nothing of a sample's
             return self.by_own_kernel()
         return joined([part.tile_squares() for part in self._parts(chunk_size(self.ways.tile, self.n, self.grad.device))])
 
@@ -195,7 +195,8 @@ class Convolution(Factor):
 
     def _multiplies_into(self, out: Tensor) -> bool:
         """Whether products of output gradients and patches go straight into the result: BLAS wants an even side last."""
-        return not self.ways.folds and math.prod(self.shape[1:]) % LANES == 0 and out.is_contiguous()
+        even = not self.ways.folds and math.prod(self.shape[1:]) % LANES == 0
+        return even and out.is_contiguous() and out.dtype == self.grad.dtype
 
     def _left(self) -> Tensor:
         """The output gradient as the left of outer products, `(n, g, t, o)`."""

@@ -4,7 +4,6 @@ Each does in one pass what functions of torch do beside it: Grams and their prod
 in memory, the sums that scale and shift of a norm have as gradients, rows times weights, and products of weights and rows.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -49,16 +48,9 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
             block,
             64,
             num_warps=8 if block == 128 else 4,
-            num_stages=_stages(left.device),
+            num_stages=4,
         )
     return parts.sum(1)
-
-
-@functools.cache
-def _stages(device: torch.device) -> int:
-    """How many blocks of 32 KiB are on their way at once: consumer cards have room for three."""
-    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) if device.type == "cuda" else 0
-    return 4 if room > 2**17 else 3
 
 
 def patch_products(grad: Tensor, image: Tensor, shape: Sequence[int], settings: Settings, out: Tensor | None = None) -> Tensor:
@@ -166,7 +158,7 @@ def _gram_norms(  # type: ignore[no-untyped-def]
     rows, columns = first * block + tl.arange(0, block), second * block + tl.arange(0, block)
     lefts = _products(left + m.to(tl.int64) * left_m, rows, columns, t, o, left_t, left_o, block, step)
     rights = _products(right + m.to(tl.int64) * right_m, rows, columns, t, i, right_t, right_i, block, step)
-    total = tl.sum(tl.sum(lefts * rights, 1), 0)
+    total = tl.sum(lefts * rights)
     tl.store(parts + tl.program_id(0), tl.where(first == second, total, 2 * total))
 
 
@@ -241,7 +233,7 @@ def _patch_products(  # type: ignore[no-untyped-def]
         # positions last: neighbouring ones lie next to each other in memory, and taps do not
         patches = tl.load(image + (of_column[:, None] + of_position[None, :]), mask=there, other=0.0)
         total = tl.dot(grads, tl.trans(patches), total)
-    tl.store(parts + tl.program_id(0), tl.sum(tl.sum(total * total, 1), 0))
+    tl.store(parts + tl.program_id(0), tl.sum(total * total))
     if written:
         place = out + n * outputs * columns + o[:, None] * columns + j[None, :]
         tl.store(place, total.to(out.dtype.element_ty), mask=(o < outputs)[:, None] & (j < columns)[None, :])

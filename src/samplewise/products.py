@@ -79,11 +79,21 @@ def own_kernels(*given: Tensor) -> ModuleType | None:
 
 def has_own_kernels(like: Tensor) -> bool:
     """Whether there are kernels of our own for the device and the type of a tensor."""
-    return like.device.type == "cuda" and like.dtype in HALF and _kernels(like.device, like.dtype) is not None
+    if like.device.type != "cuda" or like.dtype not in HALF or in_transform() or not unobserved(like):
+        return False
+    return _kernels(like.device, like.dtype) is not None
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    try:
+        return _tried(device, dtype)
+    except torch.OutOfMemoryError:
+        # for the moment
+        return None
 
 
 @functools.cache
-def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+def _tried(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """Our own kernels, where they run: Triton wants a C compiler on the machine, and a card that knows the type."""
     try:
         from . import kernels  # noqa: PLC0415  (Triton comes with torch for CUDA)
@@ -93,9 +103,12 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
         with unrecorded():
             # the one that wants most of a card
             kernels.gram_norms(*torch.zeros(2, 1, 128, 64, device=device, dtype=dtype))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001  (whatever a compiler raises)
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         warnings.warn(
-            f"samplewise: Triton's kernels do not run on {device}, torch's serve in their stead: {error}", stacklevel=2
+            f"samplewise: Triton's kernels do not run on {device}, torch's serve in their stead ({reason})", stacklevel=3
         )
         return None
     return kernels

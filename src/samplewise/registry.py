@@ -115,7 +115,7 @@ def rule(
         saves: For each argument with a gradient, the arguments whose values that gradient needs; others arrive as meta
             tensors. By default all tensor arguments are kept, and `out` too where the rule uses it.
         run: Called in place of `op`, with the same arguments: gives its result, and tensors that the op computes on the way, with rows
-            where the first argument has them. The rule gets them as `statistics`, if `saves` names that.
+            where the first argument has them. The rule gets them as `statistics`, if `saves` names that, in the type that they have.
         back: The op's own backward, for an op with one result that has the samples in one argument alone: `back(grad, weight)` gives the
             gradient of that, from that of the result and from those of the op's arguments that it names, tensors before numbers.
             With `run` beside it, that is then called without a graph. In a recording with `create_graph=True` what it does is recorded

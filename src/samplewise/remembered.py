@@ -51,8 +51,8 @@ def key_of_meeting(
                 return None
             if not count:
                 device = value.device.type
-                # an op may keep more on one kind of device than on another
-                parts += (device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+                # an op may keep more on one device than on another
+                parts += (value.device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
             parts += (what, value.shape, value.stride(), value.dtype, value.requires_grad)
             count += 1
         elif type(value) in _PLAIN:
