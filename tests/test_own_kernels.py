@@ -177,8 +177,9 @@ def test_rows_that_no_kernel_writes_to(make, kernels: InTorch) -> None:
     torch.testing.assert_close(out, factor.unfold().to_dense().to(out.dtype))
 
 
-def test_statistics_keep_their_type(kernels: InTorch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA those of a layer norm in half precision are float32; rounded, they would be off where numbers are far from zero."""
+@pytest.fixture
+def statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer norms in half precision find what they find on CUDA."""
     native = torch.native_layer_norm
 
     def as_on_cuda(x: Tensor, *args: object) -> tuple[Tensor, ...]:
@@ -186,6 +187,22 @@ def test_statistics_keep_their_type(kernels: InTorch, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("samplewise.rules.normalization.has_own_kernels", lambda _: True)
     monkeypatch.setattr(torch, "native_layer_norm", as_on_cuda)
+
+
+@pytest.mark.usefixtures("statistics")
+def test_a_call_may_keep_less_than_one_like_it(kernels: InTorch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of a layer norm with statistics does not hold for one without."""
+    model, x = nn.LayerNorm(6).half(), torch.randn(N, 4, 6).half()
+    kept = sw.per_sample_grads(model, losses, x)["weight"]
+    taken = kernels.calls["norm_sums"]
+    monkeypatch.setattr("samplewise.rules.normalization.has_own_kernels", lambda _: False)
+    torch.testing.assert_close(sw.per_sample_grads(model, losses, x)["weight"], kept, rtol=1e-2, atol=1e-2)
+    assert taken == kernels.calls["norm_sums"] == 1
+
+
+@pytest.mark.usefixtures("statistics")
+def test_statistics_keep_their_type(kernels: InTorch) -> None:
+    """On CUDA those of a layer norm in half precision are float32; rounded, they would be off where numbers are far from zero."""
     model, x = nn.LayerNorm(64).half(), (30 + 0.2 * torch.randn(N, 5, 64)).half()
     found = sw.per_sample_grads(model, losses, x)["weight"]
     wide = nn.LayerNorm(64).double()
