@@ -709,13 +709,13 @@ CASES: dict[str, Case] = {
         kind=ValueError,
     ),
     "recording.Recording.open: nested": Case(nested, "^record: ", "another recording is active", "Close the outer one"),
-    "attaching.refuse_unrecordable: a compiled part": Case(
+    "attaching._refuse_opaque: a compiled part": Case(
         lambda: run(nn.Sequential(torch.compile(linear(), backend="eager"))), "^record: 0 ", "torch.compile", "_orig_mod"
     ),
-    "attaching.refuse_unrecordable: lazy": Case(
+    "attaching._refuse_opaque: lazy": Case(
         lambda: run(nn.LazyLinear(2)), "^record: ", "no shape yet", "Run the model once", "the model"
     ),
-    "attaching.refuse_unrecordable: scripted": Case(
+    "attaching._refuse_opaque: scripted": Case(
         lambda: run(torch.jit.script(linear())), "^record: ", "scripted module", "Record the module that was scripted"
     ),
     "attaching.refuse_unrecordable: without numbers": Case(

@@ -1,7 +1,7 @@
 """What a recording looks at in a model: what it holds, what forbids to record it, where the samples enter, and what comes out as a loss."""
 
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .axes import HOST, Lost, tensors_in
 from .collecting import Shared, hooks_by
-from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError, of_type
+from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
 
 UNSEEN = (
     "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
@@ -20,10 +20,15 @@ UNSEEN = (
 )
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a recording is about, by name."""
-    of_type("record", model, "a model", nn.Module)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def trainable(model: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> dict[str, nn.Parameter]:
+    """The parameters that a recording is about, by name; `modules` are those of the model, if they are known."""
+    if modules is None or type(model).named_parameters is not nn.Module.named_parameters:
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, p in _parameters_of(modules):
+        # one that several modules have goes by its first name
+        found.setdefault(id(p), (name, p))
+    return dict(found.values())
 
 
 def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -45,12 +50,35 @@ _PLAIN = frozenset({int, float, bool, str, type(None)})
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
-    """Modules that the recording cannot see into, or whose parameters do not exist yet."""
-    compiled = [
-        name or "the model"
+def refuse_unrecordable(modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Modules that the recording cannot see into, and trainable parameters that do not exist yet or not here."""
+    special = {
+        name or "the model": module
         for name, module in modules.items()
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        if _has_class(module, *_SPECIAL) or getattr(module, "_compiled_call_impl", None) is not None
+    }
+    if special:
+        _refuse_opaque(special)
+    parts = [name for name, p in parameters.items() if _has_class(p, "DTensor") or getattr(p, "_fsdp_flattened", False)]
+    _refuse_sharded(parts or [name for name, module in special.items() if _has_class(module, *_SHARDED)])
+    empty = [name for name, p in parameters.items() if p.is_meta]
+    if empty:
+        raise UnsupportedOpError(
+            f"record: {', '.join(empty)} is on the meta device and has no numbers. Give the model memory first, "
+            "`model.to_empty(device=...)`, and load its weights or initialize them."
+        )
+
+
+_COMPILED, _SHARDED = ("OptimizedModule",), ("FSDPModule", "FullyShardedDataParallel")
+_SPECIAL = (*_COMPILED, *_SHARDED, "LazyModuleMixin", "ScriptModule")
+
+
+def _refuse_opaque(modules: Mapping[str, nn.Module]) -> None:
+    """Those that are compiled, scripted, or without shapes yet."""
+    compiled = [
+        name
+        for name, module in modules.items()
+        if _has_class(module, *_COMPILED) or getattr(module, "_compiled_call_impl", None) is not None
     ]
     if compiled:
         raise UnsupportedOpError(
@@ -60,39 +88,25 @@ def refuse_unrecordable(modules: Mapping[str, nn.Module]) -> None:
     lazy = [name for name, module in modules.items() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
     if any(nn.parameter.is_lazy(p) for name in lazy for p in modules[name].parameters()):
         raise UnsupportedOpError(
-            f"record: {', '.join(name or 'the model' for name in lazy)} is lazy, and its parameters have no shape yet. Run the model once "
-            "before the recording."
+            f"record: {', '.join(lazy)} is lazy, and its parameters have no shape yet. Run the model once before the recording."
         )
-
-    if isinstance(modules.get(""), torch.jit.ScriptModule):
+    if isinstance(modules.get("the model"), torch.jit.ScriptModule):
         raise UnsupportedOpError(
             "record: the model is a scripted module, and the recording cannot see into it. Record the module that was scripted."
         )
-    trainable = list(_trainable(modules))
-    _refuse_sharded(modules, trainable)
-    empty = [name for name, p in trainable if p.is_meta]
-    if empty:
-        raise UnsupportedOpError(
-            f"record: {', '.join(empty)} is on the meta device and has no numbers. Give the model memory first, "
-            "`model.to_empty(device=...)`, and load its weights or initialize them."
-        )
 
 
-def _refuse_sharded(modules: Mapping[str, nn.Module], trainable: Iterable[tuple[str, nn.Parameter]]) -> None:
+def _refuse_sharded(names: Sequence[str]) -> None:
     """Parameters that are put together from the parts of several processes, and swapped for others while the model runs."""
-    wrapped = [
-        name or "the model" for name, module in modules.items() if _has_class(module, "FSDPModule", "FullyShardedDataParallel")
-    ]
-    parts = [name for name, p in trainable if _has_class(p, "DTensor") or getattr(p, "_fsdp_flattened", False)]
-    if parts or wrapped:
+    if names:
         raise UnsupportedOpError(
-            f"record: {', '.join(parts or wrapped)} is sharded or distributed over processes (FSDP or a DTensor), and the forward runs on "
+            f"record: {', '.join(names)} is sharded or distributed over processes (FSDP or a DTensor), and the forward runs on "
             "tensors that are put together from it. Record the model as it is before that, whole in each process; under "
             "DistributedDataParallel it may stay."
         )
 
 
-def _trainable(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters_of(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     for name, module in modules.items():
         for key, p in module._parameters.items():  # noqa: SLF001
             if p is not None and p.requires_grad:
@@ -153,6 +167,16 @@ def refuse_new_parameters(model: nn.Module, modules: Iterable[nn.Module], known:
             f"backward: {', '.join(new)} was unfrozen, added or replaced inside the recording, which did not see its uses before. Do "
             "so before `record`."
         )
+
+
+def children_of(modules: Iterable[nn.Module]) -> list[int]:
+    """The modules that some have as their parts, by id."""
+    return [id(child) for module in modules for child in module._modules.values()]  # noqa: SLF001
+
+
+def reached(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a graph may lead to one of these: the node that accumulates its gradient would hold it too."""
+    return any(p._use_count() > 1 or not p.is_leaf for p in parameters)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def refuse_unseen(leaves: Iterable[Tensor], names: Mapping[int, str]) -> None:

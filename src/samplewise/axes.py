@@ -1,5 +1,6 @@
 """What it means that an axis carries the samples, and a call of an op with its tensors' axes."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -127,6 +128,11 @@ class Axis:
     def of_nobody(x: Tensor) -> "Axis | None":
         """What a tensor is that nobody owns: a constant, unless its history would look like something unknown."""
         return Axis(0, ragged=(NOBODY,) * (x.shape[0] if x.ndim else 1)) if x.requires_grad else None
+
+    @functools.cached_property
+    def pattern(self) -> tuple[int, int, int] | None:
+        """All there is to know, in numbers that hash faster than an axis; None where that is more."""
+        return (self.dim, self.outer, self.inner) if self.ragged is None and self.chosen is None else None
 
     @property
     def one_row_each(self) -> bool:

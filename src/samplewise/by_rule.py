@@ -104,8 +104,7 @@ def _run(
         return func(*args, **kwargs), ()
     if graph:
         return rule.run(*args, **kwargs)
-    plainly = unobserved(*(x for x in args if isinstance(x, Tensor)))
-    with unrecorded(), _PLAINLY() if plainly else _AS_EVER:
+    with unrecorded(), _PLAINLY() if unobserved(*args) else _AS_EVER:
         return rule.run(*args, **kwargs)
 
 
@@ -184,6 +183,10 @@ class Decision:
     back: tuple[Any, ...] | None
     keeps_out: bool
 
+    def rows(self, tensors: Grads) -> Grads:
+        """The results, or their gradients, with the rows of the samples in front."""
+        return [None if x is None else axis.rows(x, self.n) for x, axis in zip(tensors, self.places, strict=True)]
+
     def filled(self, saved: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """The arguments with tensors."""
         filled: dict[str, Any] = dict(self.stand_ins)
@@ -205,12 +208,12 @@ class Awaited:
     def __init__(self, decision: Decision, plain: Mapping[str, Any], sources: Sequence[Source]) -> None:
         # `plain`: the arguments without tensors; `sources`: of the wanted ones
         self.decision, self.plain, self.sources = decision, plain, sources
-        self.uses: Sequence[Uses] = ()
+        self.uses: Sequence[Uses] = ()  # of each source
 
     def tap(self, recording: Recorder, outs: list[Tensor], saved: list[Tensor], input: Tensor | None) -> list[Tensor]:
         """Tap the results; `input` is the argument that the rule's own backward leads to."""
         decided = self.decision
-        self.uses = [recording.collector.expect(source, decided.op, "rule") for source in self.sources]
+        self.uses = recording.collector.expect(self.sources, decided.op, "rule")
         kept = [*saved, *outs] if decided.keeps_out else saved
         back = None if decided.back is None else self.input_grad
         if back is not None and recording.create_graph:
@@ -228,23 +231,18 @@ class Awaited:
     def factors(self, grads: Grads, saved: Sequence[Tensor]) -> list[tuple[Source, Uses, Factor]]:
         """The factors of all uses."""
         decided = self.decision
-        n, places = decided.n, decided.places
-        rows = [None if g is None else axis.rows(g, n) for g, axis in zip(grads, places, strict=True)]
-        results: list[Tensor | None] = [None] * len(places)
-        if decided.keeps_out:
-            results = [axis.rows(x, n) for x, axis in zip(saved[-len(places) :], places, strict=True)]
+        rows = decided.rows(grads)
+        results = decided.rows(saved[-len(rows) :]) if decided.keeps_out else [None] * len(rows)
         first = grads[0] if grads[0] is not None else next(g for g in grads if g is not None)
-        given = (rows[0], results[0]) if len(places) == 1 else (rows, results)
+        given = (rows[0], results[0]) if len(rows) == 1 else (rows, results)
         try:
             found = decided.rule.function(*given, **self.plain, **decided.filled(saved, first.dtype))
-            factors = [
-                _checked(decided.op, found, name, k, source)
-                for (name, k), source in zip(decided.wanted, self.sources, strict=True)
+            return [
+                (source, uses, _checked(decided, found, name, k, source))
+                for (name, k), source, uses in zip(decided.wanted, self.sources, self.uses, strict=True)
             ]
-            factors = [factor if factor.n == n else factor.regroup(n) for factor in factors]
         except NotImplementedError as error:
             raise UnsupportedOpError(f"{error} (parameter {self._names()})") from error
-        return list(zip(self.sources, self.uses, factors, strict=True))
 
     def input_grad(self, grad: Tensor, saved: Sequence[Tensor]) -> Tensor:
         """The gradient of the input, by the rule's own backward."""
@@ -410,10 +408,13 @@ def placed(recording: Recorder, call: Call, out: Tensor, shared: list[Tensor]) -
     return where
 
 
-def _checked(op: str, found: Mapping[str, Any], name: str, place: int | None, source: Source) -> Factor:
-    factor = found.get(name)
-    factor = factor[place] if isinstance(factor, list) and place is not None else factor
-    factor = factor() if callable(factor) else factor
+def _checked(decided: Decision, found: Mapping[str, Any], name: str, place: int | None, source: Source) -> Factor:
+    """What a rule found for one of the arguments that are wanted."""
+    op, factor = decided.op, found.get(name)
+    if place is not None and isinstance(factor, list):
+        factor = factor[place]
+    if callable(factor):
+        factor = factor()
     if not isinstance(factor, Factor):
         raise UnsupportedOpError(
             f"{op}: its rule gives no factor for '{name}' ({', '.join(sorted(source.names))}), got {type(factor).__name__}. "
@@ -424,4 +425,4 @@ def _checked(op: str, found: Mapping[str, Any], name: str, place: int | None, so
             f"{op}: its rule gives '{name}' ({', '.join(sorted(source.names))}) a gradient of shape {tuple(factor.shape)}, expected "
             f"{tuple(source.shape)}. Return a factor of the parameter's own shape, summed over what the op broadcasts."
         )
-    return factor
+    return factor if factor.n == decided.n else factor.regroup(decided.n)

@@ -216,16 +216,18 @@ class Collector:
         self._expected.clear()
         self.empty = True
 
-    def expect(self, source: Source, op: str, how: str) -> Uses:
-        """Note a use in the forward; `add` with the same uses brings its factor."""
-        for name in source.names:
-            # a derived tensor's pull-back waits for the end
-            self._expected[name] = self._expected.get(name, 0) + (1 if source.edge is None else math.inf)
+    def expect(self, sources: Sequence[Source], op: str, how: str) -> Sequence[Uses]:
+        """Note the uses that an op makes in the forward; `add` with the same uses brings the factor of each."""
+        expected = self._expected
+        for source in sources:
+            for name in source.names:
+                # a derived tensor's pull-back waits for the end
+                expected[name] = expected.get(name, 0) + (1 if source.edge is None else math.inf)
         if self.consume is not None:
             # nobody asks for the coverage of what is consumed
-            return ()
-        new = [Use(name, op, how) for name in sorted(source.names)]
-        self.uses += new
+            return ((),) * len(sources)
+        new = [[Use(name, op, how) for name in sorted(source.names)] for source in sources]
+        self.uses.extend(use for uses in new for use in uses)
         return new
 
     def note_hooks(self, tensor: Tensor) -> None:

@@ -89,7 +89,7 @@ def enter_whole(recording: Recorder, func: Function, op: Operation, call: Call, 
 
 def _sole(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
     source, n, sample = source_of(recording, tensor), call.n, call.sample() if call.n > 1 else None
-    uses = recording.collector.expect(source, call.name, "rows")
+    (uses,) = recording.collector.expect([source], call.name, "rows")
 
     def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, Uses, Factor]]:
         grad = grads[0]
@@ -186,7 +186,7 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
     if own and before is not None and _expands_along(before, value, dim) and recording.collector.bypass(tensor, kind.names):
         origin = before
     source = source_of(recording, origin)
-    uses = recording.collector.expect(source, call.name, "rows")
+    (uses,) = recording.collector.expect([source], call.name, "rows")
     diagonal = own and origin is tensor
     # the closure holds no tensor and no call
     n, shape, below = call.n, origin.shape, value.ndim - origin.ndim

@@ -142,7 +142,7 @@ def _looped(recording: Recorder, call: Call, one: Callable[..., Tensor], stacks:
 def _copies(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
     """One copy of a shared tensor per sample, `(n, *shape)`, without memory of its own."""
     source = source_of(recording, tensor)
-    uses = recording.collector.expect(source, call.name, "fallback")
+    (uses,) = recording.collector.expect([source], call.name, "fallback")
 
     def factors(grads: Grads, _: Sequence[Tensor]) -> list[tuple[Source, Uses, Factor]]:
         grad = grads[0]

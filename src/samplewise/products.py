@@ -61,10 +61,11 @@ def scaled(x: Tensor, weights: Tensor, slot: str | None = None) -> Tensor:
     return torch.mul(x, scale, out=scratch(slot, x.shape, x))
 
 
-def unobserved(*given: Tensor) -> bool:
-    """Whether nothing between torch and its kernels looks at a call: no dispatch mode, no trace, no subclass of tensors."""
-    traced = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling()  # noqa: SLF001
-    return not traced and all(type(x) in _PLAIN for x in given)
+def unobserved(*given: object) -> bool:
+    """Whether nothing between torch and its kernels looks at a call with these arguments: no dispatch mode, trace, subclass of tensors."""
+    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():  # noqa: SLF001
+        return False
+    return not any(issubclass(kind, Tensor) for kind in set(map(type, given)) - _PLAIN)
 
 
 def own_kernels(*given: Tensor) -> ModuleType | None:

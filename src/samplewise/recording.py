@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import _engine_run_backward, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .attaching import (
     OF_CLASSES,
     Entrance,
+    children_of,
     common_size,
     held_tensors,
     is_packed,
+    reached,
     refuse_elsewhere,
     refuse_hooks,
     refuse_hooks_on_nodes,
@@ -34,7 +36,7 @@ from .axes import Axis, Call, Lost, tensors_in
 from .buffers import keep_freed_memory
 from .by_rule import as_before
 from .collecting import Collector, Shared, of_parameter
-from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError, one_of
+from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError, of_type, one_of
 from .factors import Factor
 from .known import DECLARED_CONSTANT, Known
 from .mixing import mix
@@ -76,14 +78,19 @@ class Recording(Known, TorchFunctionMode):
         one_of("loss_reduction", loss_reduction, "sum", "mean")
         Known.__init__(self, batch_size, batch_dim)
         self.model, self.loss_reduction, self.fallback, self.create_graph = model, loss_reduction, fallback, create_graph
-        self.parameters = trainable(model)
+        of_type("record", model, "a model", nn.Module)
+        modules = dict(model.named_modules())
+        self.parameters = trainable(model, modules)
         self.strategy = strategy or Strategy()
         self.collector = Collector(self.parameters, consume, create_graph=create_graph, store=store)
         self._anchor_node = get_gradient_edge(self.anchor).node
-        self._modules: list[nn.Module] = []
+        # by name, and which are parts of which
+        self._modules, self._children = modules, children_of(modules.values())
         self._handles: list[Any] = []
         # with the backward they run in: a checkpoint starts one inside another
         self._sources: list[tuple[Callable[..., Any], int]] = []
+        # how many of them are derivatives
+        self._derivatives = 0
         self._open = False
         # what ran before the batch size was known
         self._earlier: list[tuple[Operation, tuple[Any, ...], dict[str, Any], Any]] = []
@@ -103,13 +110,12 @@ class Recording(Known, TorchFunctionMode):
                 "record: another recording is active here, and recordings do not nest. Close the outer one first."
             )
         hide_from_compiler()
-        modules = dict(self.model.named_modules())
-        refuse_unrecordable(modules)
-        self._modules, self._names_of = list(modules.values()), {id(p): name for name, p in self.parameters.items()}
+        refuse_unrecordable(self._modules, self.parameters)
+        self._names_of = {id(p): name for name, p in self.parameters.items()}
         for parameter in itertools.islice(self.parameters.values(), 1):
             keep_freed_memory(parameter.device.type)
             prepare(parameter)
-        for tensor in held_tensors(self._modules):
+        for tensor in held_tensors(self._modules.values()):
             self.declare(tensor, CONSTANT)
         for name, parameter in self.parameters.items():
             refuse_hooks(name, parameter)
@@ -236,6 +242,7 @@ class Recording(Known, TorchFunctionMode):
     ) -> Any:
         """Record a function through its source, with the mode on."""
         self._sources += [(source, torch._C._current_graph_task_id()) for source in (func, inner)]  # noqa: SLF001
+        self._derivatives += func in _DERIVATIVES
         try:
             return inner(*args, **kwargs)
         except BaseException:
@@ -245,6 +252,7 @@ class Recording(Known, TorchFunctionMode):
             raise
         finally:
             del self._sources[-2:]
+            self._derivatives -= func in _DERIVATIVES
 
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
@@ -380,7 +388,7 @@ class Recording(Known, TorchFunctionMode):
                         self._check_derivative(torch.autograd.backward, (losses,), {})
                         ones = torch.ones_like(losses)
                     self.begun = True
-                    self._through(torch.autograd.backward, _BACKWARD, (losses, ones, retain_graph), {})
+                    self._through(torch.autograd.backward, _run_backward, (losses, ones), {"retain_graph": retain_graph})
                 with unrecorded():
                     others = self.leaves_elsewhere(losses) if self.collector.empty else []
                 if others:
@@ -413,6 +421,9 @@ class Recording(Known, TorchFunctionMode):
                 "not seen: under autocast, through a rule without `back`, or after a `rec.backward`. Take it without autocast before the "
                 "first `rec.backward`, or use a loop over samples."
             )
+        alike = self._children == children_of(self._modules.values())
+        if alike and not in_backward() and not reached(self.parameters.values()):
+            return
         for loss in [losses] if isinstance(losses, Tensor) else losses:
             leaves = unseen_leaves(loss)
             refuse_unseen(leaves, self._names_of)
@@ -438,7 +449,7 @@ class Recording(Known, TorchFunctionMode):
                 "backward: it runs through a recording that is closed, so its per-sample gradients would be lost. Call "
                 "`rec.backward(losses)` inside the `with record(...)` block."
             )
-        if self.sees_backwards and not any(func in _DERIVATIVES for func, _ in self._sources):
+        if self.sees_backwards and not self._derivatives:
             raise SamplewiseError(
                 "backward: it was begun where the recording does not see it, in another thread perhaps, so nothing is known of its loss. "
                 "Call `rec.backward(losses)`, which may be called in any thread."
@@ -473,7 +484,7 @@ class Recording(Known, TorchFunctionMode):
 
     def refuse_new_parameters(self) -> None:
         """Refuse what became trainable after the recording began, whose gradient would be missing."""
-        refuse_new_parameters(self.model, self._modules, self._names_of)
+        refuse_new_parameters(self.model, self._modules.values(), self._names_of)
         refuse_hooks_on_nodes(self.parameters)
         for name, parameter in self.parameters.items():
             refuse_hooks(name, parameter)
@@ -487,6 +498,12 @@ class Recording(Known, TorchFunctionMode):
             refuse_loss(self.kind(loss), self.loss_reduction)
 
 
+def _run_backward(losses: Tensor, ones: Tensor, *, retain_graph: bool) -> None:
+    """What `torch.autograd.backward` comes to, whose checks would first import what torch knows of symbolic shapes, for a second."""
+    how = {"keep_graph": retain_graph, "create_graph": False, "allow_unreachable": True, "accumulate_grad": True}
+    _engine_run_backward((losses,), (ones,), inputs=(), **how)
+
+
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, *default: Any) -> Any:
     return args[place] if place < len(args) else kwargs.get(name, *default) if default else kwargs[name]
 
@@ -494,4 +511,3 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 _DERIVATIVES = (torch.autograd.backward, torch.autograd.grad)
 # the arguments of the latter that say what it is of
 _OF_GRAD = ("outputs", "inputs", "grad_outputs")
-_BACKWARD = operation(torch.autograd.backward).source or torch.autograd.backward

@@ -90,10 +90,9 @@ def _describe(values: Sequence[Any], kind: Callable[[Tensor], object], parts: li
 
 def _plain_kind(value: Tensor, kind: object, parameters: Container[int]) -> object:
     """A kind that says all there is to know: a plain pattern of samples, a constant, one of the parameters; else None."""
-    if isinstance(kind, Axis):
-        # numbers, which hash faster than an axis
-        return (kind.dim, kind.outer, kind.inner) if kind.ragged is None and kind.chosen is None else None
-    if isinstance(kind, Shared):
+    if type(kind) is Axis:
+        return kind.pattern
+    if type(kind) is Shared:
         return Shared if id(value) in parameters else None
     # a number given as a tensor may be an axis, and its value would count
     return kind if kind == CONSTANT and (value.ndim or value.is_floating_point()) else None
@@ -106,7 +105,7 @@ def recall(key: Hashable | None) -> tuple[object, ...] | None:
 
 def remember(key: Hashable, kinds: Sequence[object]) -> None:
     """Keep what the results of a call were, where that follows from shapes."""
-    if all(kind == CONSTANT or (isinstance(kind, Axis) and kind.ragged is None and kind.chosen is None) for kind in kinds):
+    if all(kind == CONSTANT or (isinstance(kind, Axis) and kind.pattern is not None) for kind in kinds):
         if len(_FOLLOWED) >= _LIMIT:
             _FOLLOWED.clear()
         _FOLLOWED[key] = tuple(kinds)
