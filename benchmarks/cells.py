@@ -159,6 +159,8 @@ def memory(system: str, quantity: str, problem: Problem, device: str) -> dict[st
     ready = SYSTEMS[system].prepare(problem, quantity)
     # Two samples bring in the code that is loaded on first use.
     run(ready.head(2))
+    for _ in range(SYSTEMS[system].before):
+        run(ready)
     before, result = idle(device), None
     for _ in range(3):
         # the result of the step before is dropped first

@@ -34,6 +34,7 @@ from peers import (
     PLAIN,
     QUANTITIES,
     SYSTEMS,
+    TRACED,
     MissingGradientError,
     Problem,
     Result,
@@ -94,13 +95,13 @@ def relative_error(found: Result, expected: Result) -> float:
 
 
 def judged(method: Method, problem: Problem, expected: Result, tolerance: float) -> Cell:
-    """The method run once beside the loop."""
+    """The method, as it is timed, beside the loop."""
     system, quantity = method
     cell = Cell(system, quantity)
     if not SYSTEMS[system].installed:
         return replace(cell, trouble="not installed")
     try:
-        found = expected if system == LOOP else SYSTEMS[system].methods[quantity](SYSTEMS[system].prepare(problem, quantity))
+        found = expected if system == LOOP else prepared(method, problem)()
         cell.error = None if system == FLOOR else relative_error(found, expected)
     except MissingGradientError as error:
         return replace(cell, trouble=str(error))
@@ -200,8 +201,10 @@ def capture_timed(cells: list[Cell], problem: Problem, repeats: int) -> None:
 
 def prepared(method: Method, problem: Problem) -> Callable[[], object]:
     system, quantity = method
-    ready = SYSTEMS[system].prepare(problem, quantity)
-    return lambda: SYSTEMS[system].methods[quantity](ready)
+    run, ready = SYSTEMS[system].methods[quantity], SYSTEMS[system].prepare(problem, quantity)
+    for _ in range(SYSTEMS[system].before):
+        run(ready)
+    return lambda: run(ready)
 
 
 # --- a workload -----------------------------------------------------------------------------------------------------------------
@@ -227,8 +230,8 @@ def measured(workload: str, place: Place, repeats: int, budget: float) -> Iterat
 
     yield known()
     say(f"{workload}: memory of {len(good)} methods")
-    own = [cell for cell in good if cell.system in {PLAIN, OURS}]
-    others = [cell for cell in good if cell.system not in {PLAIN, OURS}]
+    own = [cell for cell in good if cell.system in {PLAIN, OURS, TRACED}]
+    others = [cell for cell in good if cell not in own]
     for some, processes in ((own, 3), (others, 1)):
         if place.device == "cpu":
             found = memories([Question(c.system, c.quantity, workload) for c in some], place, processes)

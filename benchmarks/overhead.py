@@ -3,10 +3,11 @@
     python benchmarks/overhead.py [--threads 1] [--repeats 9]
 
 A chain of ops is run plainly and for norms; the difference, forward and backward apart, grows with the chain, and what a hundred ops more
-add to it is divided by their number. What remains without any is the recording itself, with one linear layer. Beside it stands what a step
-takes that is written by hand for the linear layers (`by_hand.py`), and last what a `torch.autograd.Function` takes that does nothing: every
-op with parameters needs one. The GPT is run with its 4 layers and all its ops but with width 6 and two samples of two tokens, where
-nothing but overhead is left, beside the time of its real step.
+add to it is divided by their number. What remains without any is the recording itself, with one linear layer. "In a trace" is the same of
+`samplewise.traced`, forward and backward together: below zero it costs less than the Python of a plain step. Beside them stands what a step
+takes that is written by hand for the linear layers (`by_hand.py`), and last what a `torch.autograd.Function` takes that does nothing: in a
+recording every op with parameters needs one. The GPT is run with its 4 layers and all its ops but with width 6 and two samples of two
+tokens, where nothing but overhead is left, beside the time of its real step.
 """
 
 import argparse
@@ -101,6 +102,12 @@ def ours(model: nn.Module, x: Tensor, repeats: int) -> tuple[float, float]:
     )
 
 
+def traced(model: nn.Module, x: Tensor, repeats: int) -> tuple[float, float]:
+    """Norms by a trace, which has no forward of its own."""
+    norms = sw.traced(sw.per_sample_norms, model, row_sums)
+    return 0.0, fastest(lambda: norms(x), repeats)
+
+
 class ByHand:
     """Norms written by hand for a model of linear layers."""
 
@@ -139,18 +146,24 @@ def per_op(way: Way, chain: Chain, repeats: int, than: Way = plain) -> str:
     return " | ".join(f"{(b - a) / (LENGTH * chain.ops):.1f}" for a, b in zip(short, long, strict=True))
 
 
-def gpt_share(repeats: int) -> tuple[float, float]:
-    """The overhead of norms in milliseconds, and that of the real plain step."""
+def in_a_trace(chain: Chain, repeats: int) -> str:
+    """Microseconds that each op adds to a traced step, forward and backward together."""
+    short, long = (sum(overhead(traced, chain, length, repeats)) for length in (LENGTH, 2 * LENGTH))
+    return f"{(long - short) / (LENGTH * chain.ops):.1f}"
+
+
+def gpt_share(repeats: int) -> tuple[float, float, float]:
+    """The overhead of norms in milliseconds, recorded and traced, and the time of the real plain step."""
     tiny, ids = GPT(8, 6, 4, 1, 2), torch.randint(8, (2, 2))
 
     def losses(m: nn.Module, ids: Tensor) -> Tensor:
         return token_losses(m(ids), ids)
 
-    ours = fastest(lambda: sw.per_sample_norms(tiny, losses, ids), repeats) - fastest(
-        lambda: plain_step(tiny, losses, ids), repeats
-    )
+    norms, least = sw.traced(sw.per_sample_norms, tiny, losses), fastest(lambda: plain_step(tiny, losses, ids), repeats)
+    more = [fastest(run, repeats) - least for run in (lambda: sw.per_sample_norms(tiny, losses, ids), lambda: norms(ids))]
     real = gpt()
-    return 1e3 * ours, 1e3 * fastest(lambda: plain_step(real.model, lambda m, _: real.loss_fn(m, real.batch), real.input), 3)
+    step = fastest(lambda: plain_step(real.model, lambda m, _: real.loss_fn(m, real.batch), real.input), 3)
+    return 1e3 * more[0], 1e3 * more[1], 1e3 * step
 
 
 def main() -> None:
@@ -160,17 +173,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print("| op | forward, us | backward, us |\n|---|---|---|")
+    print("| op | forward, us | backward, us | in a trace, us |\n|---|---|---|---|")
     for name, chain in CHAINS.items():
-        print(f"| {name} | {per_op(ours, chain, options.repeats)} |")
-    print(f"| linear, by hand | {per_op(by_hand, CHAINS['linear'], options.repeats)} |")
+        print(f"| {name} | {per_op(ours, chain, options.repeats)} | {in_a_trace(chain, options.repeats)} |")
+    print(f"| linear, by hand | {per_op(by_hand, CHAINS['linear'], options.repeats)} | |")
     print(
-        f"| a function that does nothing, plain | {per_op(plain, Chain(lambda _, x: Seen.apply(x)), options.repeats, nothing)} |"
+        f"| a function that does nothing, plain | {per_op(plain, Chain(lambda _, x: Seen.apply(x)), options.repeats, nothing)} | |"
     )
     forward, backward = overhead(ours, CHAINS["view"], 0, options.repeats)
-    print(f"| the recording itself | {forward:.0f} | {backward:.0f} |")
-    more, step = gpt_share(options.repeats)
-    print(f"\nGPT: {more:.1f} ms of overhead for norms, {more / step:.1%} of a plain step of {step:.0f} ms")
+    both = sum(overhead(traced, CHAINS["view"], 0, options.repeats))
+    print(f"| the recording itself | {forward:.0f} | {backward:.0f} | {both:.0f} |")
+    more, less, step = gpt_share(options.repeats)
+    print(
+        f"\nGPT: {more:.1f} ms of overhead for norms, {more / step:.1%} of a plain step of {step:.0f} ms; {less:.1f} ms in a trace"
+    )
 
 
 if __name__ == "__main__":

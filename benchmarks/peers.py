@@ -27,6 +27,8 @@ class Problem(Workload):
 
     limit: float = 1.0
     buffers: Grads = field(default_factory=dict)
+    # by quantity, for what is traced once and run again
+    traces: dict[str, Callable[..., object]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, workload: Workload) -> Self:
@@ -51,6 +53,8 @@ class System:
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     # The distribution that must be installed, by the name it is imported by.
     needs: str = "torch"
+    # Calls before the first that is like all later ones.
+    before: int = 0
 
     @property
     def installed(self) -> bool:
@@ -58,7 +62,7 @@ class System:
 
     def prepare(self, problem: Problem, quantity: str) -> Problem:
         """The problem on a wrapped copy of the model, with buffers if the quantity is one that fills them."""
-        ready = replace(problem, model=self.wrap(copy.deepcopy(problem.model)))
+        ready = replace(problem, model=self.wrap(copy.deepcopy(problem.model)), traces={})
         if quantity != INTO:
             return ready
         parameters = problem.model.named_parameters()
@@ -123,6 +127,28 @@ def our_gradients(p: Problem) -> Grads:
 
 def our_gradients_into(p: Problem) -> Grads:
     return sw.per_sample_grads(p.model, p.loss_fn, p.batch, out=p.buffers)
+
+
+def traced(
+    quantity: str, function: Callable[..., object], options: Callable[[Problem], dict[str, object]]
+) -> Callable[[Problem], Result]:
+    """A quantity that is traced once for a problem."""
+
+    def method(p: Problem) -> Result:
+        if quantity not in p.traces:
+            p.traces[quantity] = sw.traced(function, p.model, p.loss_fn, **options(p))
+        found = p.traces[quantity](p.batch)
+        return found[0] if isinstance(found, tuple) else found
+
+    return method
+
+
+OUR_TRACES = {
+    NORMS: traced(NORMS, sw.per_sample_norms, lambda _: {}),
+    CLIPPED: traced(CLIPPED, sw.clipped_grads, lambda p: {"max_grad_norm": p.limit}),
+    GRADS: traced(GRADS, sw.per_sample_grads, lambda _: {}),
+    INTO: traced(INTO, sw.per_sample_grads, lambda p: {"out": p.buffers}),
+}
 
 
 def write(p: Problem) -> Grads:
@@ -258,10 +284,11 @@ def backpack_norms(p: Problem) -> Tensor:
     return torch.stack(list(collected(p.model, "batch_l2").values())).sum(0).sqrt()
 
 
-OURS, LOOP, FLOOR = "samplewise", "loop", "write n P floats"
+OURS, TRACED, LOOP, FLOOR = "samplewise", "samplewise, traced", "loop", "write n P floats"
 SYSTEMS: dict[str, System] = {
     PLAIN: System({PLAIN: plain}),
     OURS: System({NORMS: our_norms, CLIPPED: our_clipped, GRADS: our_gradients, INTO: our_gradients_into}),
+    TRACED: System(OUR_TRACES, before=3),
     LOOP: System({NORMS: loop_norms, CLIPPED: loop_clipped, GRADS: loop_gradients}),
     "Expanded Weights": System(all_from(expanded_weights)),
     "vmap(grad)": System(all_from(by_vmap)),

@@ -232,6 +232,23 @@ def test_a_step_can_be_captured(name: str) -> None:
     torch.testing.assert_close(sums, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["text", "tied", "turned", "images"])
+def test_a_trace(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision it has torch's functions in the place of our kernels."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, losses, batch = problem(name)
+    model = model.to(dtype)
+    run = sw.traced(sw.clipped_grads, model, losses, max_grad_norm=0.5)
+    near = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.05)
+    for k in range(5):
+        fed = tuple(x.roll(k, 0) for x in batch)
+        (sums, norms), (wanted, wanted_norms) = run(fed), sw.clipped_grads(model, losses, fed, max_grad_norm=0.5)
+        torch.testing.assert_close(norms.double(), wanted_norms.double(), rtol=near, atol=0)
+        for key, total in wanted.items():
+            assert (sums[key].double() - total.double()).norm() <= near * total.double().norm(), key
+
+
 def test_rates_are_measured() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         rates = sw.calibrate(DEVICE, dtype, again=True)

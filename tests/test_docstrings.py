@@ -56,11 +56,13 @@ def test_there_are_examples() -> None:
 
 
 def test_the_readme_s_first_examples_run() -> None:
-    """Ten lines, and a private step that changes the model of theirs."""
-    ten_lines, step = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:2]
+    """Ten lines, a private step that changes the model of theirs, and the like traced."""
+    ten_lines, step, traced = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[:3]
     names: dict[str, Any] = {}
     exec(ten_lines, names)
     before = [p.detach().clone() for p in names["model"].parameters()]
     exec(step, names)
     torch.testing.assert_close(names["norms"], names["rec"].norms())
     assert all((p - old).abs().max() > 0 for p, old in zip(names["model"].parameters(), before, strict=True))
+    exec(traced, names)
+    assert names["norms"].shape == (5,)

@@ -50,6 +50,7 @@ ALLOWED = {
         "products",
         "recurrence",
         "registry",
+        "running",
         "strategy",
         "contractions",
         "errors",

@@ -7,6 +7,7 @@ import ast
 import builtins
 import functools
 import inspect
+import itertools
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -365,6 +366,34 @@ class Case:
     remedy: str
     parameter: str = ""
     kind: type[Exception] = sw.SamplewiseError
+
+
+SPARSE, LEAF = torch.eye(N, D, dtype=torch.float64).to_sparse(), nn.Parameter(torch.ones((), dtype=torch.float64))
+DERIVED = LEAF * 2
+
+
+def thrice(losses, n=N):
+    """Enough calls for a trace; the losses are told the number of the call."""
+    count = itertools.count(1)
+    run = sw.traced(sw.per_sample_norms, linear(), lambda m, b: losses(m, b, next(count)))
+    for _ in range(3):
+        run(x(n, D))
+
+
+def counted():
+    def forward(self, b):
+        self.calls += 1
+        return b @ self.w
+
+    run = sw.traced(sw.per_sample_norms, Net(forward, w=x(D, 2), calls=0), squares)
+    for _ in range(3):
+        run(x())
+
+
+def set_aside(b):
+    aside = torch.zeros_like(b)
+    aside.data = torch.ones(D, dtype=b.dtype)
+    return 0
 
 
 CHANGED = "changed in place after the backward"
@@ -1077,6 +1106,65 @@ CASES: dict[str, Case] = {
     ),
     "quantities.Record._n: no batch yet": Case(no_batch_yet, "^record: ", "no model was run", "Run the model"),
     # --- the judge
+    # --- traces
+    "errors.of_type: no model to trace": Case(
+        lambda: sw.traced(sw.per_sample_norms, "model", squares), "^traced: ", "a str", "expected a model", kind=TypeError
+    ),
+    "tracing._kind_of: a batch of something else": Case(
+        lambda: sw.traced(sw.per_sample_norms, linear(), squares)([object()]),
+        "^traced: ",
+        "a object",
+        "Give its tensors",
+        kind=TypeError,
+    ),
+    "tracing.Traced._trace: other steps": Case(
+        lambda: thrice(lambda m, b, count: squares(m, b) * count),
+        "^traced: ",
+        "different steps: `.*` and `",
+        "Call the function itself",
+    ),
+    "tracing.Traced._refuse_changes: an attribute": Case(
+        counted, "^traced: ", "'calls' changed in the call", "Call the function itself"
+    ),
+    "tracer.Tracer.read: a value": Case(
+        lambda: thrice(lambda m, b, _: squares(m, b) * b.max().item()),
+        "^traced: ",
+        r"_local_scalar_dense.* shape \(\)",
+        "records each batch",
+    ),
+    "tracer.Tracer._is_tensor: a sparse tensor": Case(
+        lambda: thrice(lambda m, b, _: squares(m, b + SPARSE.to_dense())),
+        "^traced: .*to_dense",
+        "layout torch.sparse_coo",
+        "records each batch",
+    ),
+    "tracer.Tracer._is_tensor: a generator": Case(
+        lambda: thrice(lambda m, b, _: squares(m, b * torch.rand(D, generator=torch.Generator()))),
+        "^traced: .*rand",
+        "takes a Generator",
+        "torch's default generator",
+    ),
+    "tracer.Tracer._from_outside: a history": Case(
+        lambda: thrice(lambda m, b, _: squares(m, b) * DERIVED, n=1),
+        "^traced: ",
+        r"shape \(\) was computed before",
+        "Detach it",
+    ),
+    "tracer.Tracer._refuse_reset: a checkpoint": Case(
+        lambda: thrice(lambda m, b, _: checkpoint(F.dropout, m(b), use_reentrant=False).square().sum(1)),
+        "^traced: ",
+        "draws random numbers after the generator was set",
+        "records each batch",
+    ),
+    "tracer.Tracer._refuse_gradients: a leaf": Case(
+        lambda: thrice(lambda m, b, _: squares(m, b) * LEAF),
+        "^traced: ",
+        "an ordinary gradient to a tensor of shape",
+        "require no grad",
+    ),
+    "tracer.Reading.__torch_function__: other memory": Case(
+        lambda: thrice(lambda m, b, _: squares(m, b) + set_aside(b)), "^traced: `.data = ...`", "other memory", "copy_"
+    ),
     "verification._batch_size: no tensors": Case(
         lambda: sw.verify(linear(), squares, [3.0]), "^verify: ", "none", "at least one tensor with samples", kind=ValueError
     ),

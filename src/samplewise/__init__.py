@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .streaming import clipped_grads as clipped_grads
     from .streaming import per_sample_grads as per_sample_grads
     from .streaming import per_sample_norms as per_sample_norms
+    from .tracing import traced as traced
     from .verification import verify as verify
 
 _HOME = {
@@ -41,6 +42,7 @@ _HOME = {
     "expand": "registry",
     "rule": "registry",
     "calibrate": "strategy",
+    "traced": "tracing",
     "verify": "verification",
 }
 __all__ = [*_HOME, "testing"]  # noqa: PLE0604  (a list of strings, built from the table above)

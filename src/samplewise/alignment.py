@@ -14,6 +14,7 @@ from .axes import HOST, NOBODY, Axis, Call, Lost, Selection, Where, differs_by_r
 from .contractions import CONTRACTIONS
 from .errors import SampleAxisError
 from .movement import dim_of, without
+from .running import listed
 
 # None: nobody's, as a constant is
 Several = Callable[[Call, Tensor], Where | None]
@@ -228,7 +229,7 @@ def _picked(axis: Axis, own: Where | None, index: Tensor, n: int) -> Selection |
         # its numbers must be of rows in the order that these are in
         known = same_order(axis.chosen, own.chosen and own.chosen.among)
         return (own.chosen and replace(own.chosen, among=axis.chosen and axis.chosen.among)) if known else False
-    places = (index.flatten() % max(1, rows)).tolist()
+    places = listed(index.flatten() % max(1, rows))
     if axis.chosen is not None and (len(set(places)) < len(places) or not axis.may_take(places, n)) and not in_step_now():
         return False
     if axis.chosen is None or _in_order(axis, axis.chosen, index.flatten().cpu(), n):
@@ -391,7 +392,7 @@ def _rows_of_item(axis: Where | None, item: Item) -> list[tuple[int, Selection |
     lines = [dim - index.ndim for dim in range(index.ndim) if index.shape[dim] == index.numel()]
     if not lines or not isinstance(axis, Axis) or item.source != axis.dim or axis.chosen is None:
         return []
-    same = index.flatten().tolist() == list(range(index.numel()))
+    same = listed(index.flatten()) == list(range(index.numel()))
     return [(lines[0], axis.chosen if same else axis.chosen.moved())]
 
 

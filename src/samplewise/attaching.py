@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .axes import HOST, Lost, tensors_in
 from .collecting import Shared, hooks_by
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError
+from .running import listed
 
 UNSEEN = (
     "an ordinary gradient reached this parameter, from a use that the recording did not see: a torch.autograd.Function, a scripted or "
@@ -228,7 +229,7 @@ def refuse_loss(kind: object, reduction: str) -> None:
 def packed_owners(sequence: PackedSequence, n: int) -> Tensor:
     """The sample of each row of a packed sequence."""
     order = torch.arange(n, device=HOST) if sequence.sorted_indices is None else sequence.sorted_indices.cpu()
-    return torch.cat([order[:size] for size in sequence.batch_sizes.tolist()])
+    return torch.cat([order[:size] for size in listed(sequence.batch_sizes)])
 
 
 def is_packed(value: object) -> TypeGuard[PackedSequence]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .running import listed
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -117,7 +119,7 @@ class Axis:
             # rows that nobody has written yet fit any pattern: what is claimed of a constant is checked when it meets others
             if ((axis.owners(n) == owners) | (owners == NOBODY)).all():
                 return axis
-        return Axis(dim, ragged=tuple(owners.tolist()), chosen=chosen)
+        return Axis(dim, ragged=tuple(listed(owners)), chosen=chosen)
 
     @staticmethod
     def of_sample(sample: int, x: Tensor) -> "Axis":

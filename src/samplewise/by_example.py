@@ -14,6 +14,7 @@ from torch import Tensor
 from .alignment import Several
 from .axes import HOST, NOBODY, Axis, Call, Lost, Selection, Where, in_step_now, is_parameter, swapped, tensors_in
 from .ownership import axis_of, marks
+from .running import listed
 
 # an entry that may differ from row to row
 _FREE = -(2**40)
@@ -95,7 +96,7 @@ def _may_take(call: Call, function: Callable[..., object], data: tuple[Any, ...]
     """Whether the rows that an op takes of those that the data chose may be told by their place."""
     return all(
         axis.may_take(
-            set(_by_row(call, function, data, place, {id(x): range(axis.size(call.n))}).flatten().tolist()) - {NOBODY}, call.n
+            set(listed(_by_row(call, function, data, place, {id(x): range(axis.size(call.n))}).flatten())) - {NOBODY}, call.n
         )
         for x, axis in call.placed()
         if axis.chosen is not None
@@ -118,7 +119,7 @@ def _carried(
             return None
         numbers[id(x)] = [int(k) for k in own]
     found = _by_row(call, function, data, place, numbers).movedim(dim, 0)
-    return tuple((found.flatten(1).amax(1) if found.ndim > 1 and found.numel() else found.flatten()).tolist())
+    return tuple(listed(found.flatten(1).amax(1) if found.ndim > 1 and found.numel() else found.flatten()))
 
 
 def _by_row(

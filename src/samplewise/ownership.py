@@ -26,6 +26,7 @@ from .axes import (
     whole,
 )
 from .movement import dim_of
+from .running import listed
 
 
 def marks(call: Call, x: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ def _settled(call: Call, after: Where | None, put: Placing) -> Where | None:
     rows = next((where.dim for where in (own, brought) if isinstance(where, Axis)), None)
     if rows is None:
         rows = put.dim if flat or not isinstance(to, Axis) else to.dim
-    if rows == put.dim and not (flat and to is None and put.index.tolist() == list(range(put.target.shape[rows]))):
+    if rows == put.dim and not (flat and to is None and listed(put.index) == list(range(put.target.shape[rows]))):
         return _placed_rows(call, after, to, [] if source is None else [(source, put.dim)], put)
     # each row has its own written, along another axis
     met = [y for y in (None if flat else put.index, source) if y is not None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .buffers import scratch
 from .factors import HALF, wide
-from .running import in_transform, unrecorded
+from .running import in_transform, only_watched, unrecorded
 
 # In flop: below it oneDNN's calls cost more than the product.
 _SMALL_PRODUCT = 4e6
@@ -62,16 +62,21 @@ def scaled(x: Tensor, weights: Tensor, slot: str | None = None) -> Tensor:
 
 
 def unobserved(*given: object) -> bool:
-    """Whether nothing between torch and its kernels looks at a call with these arguments: no dispatch mode, trace, subclass of tensors."""
-    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():  # noqa: SLF001
+    """Whether nothing between torch and its kernels changes a call: no dispatch mode, compiler, subclass of tensors."""
+    if (torch._C._len_torch_dispatch_stack() and not only_watched()) or torch.compiler.is_compiling():  # noqa: SLF001
         return False
     return not any(issubclass(kind, Tensor) for kind in set(map(type, given)) - _PLAIN)
+
+
+def _launches(*given: Tensor) -> bool:
+    """Whether a kernel may be launched that is no op of torch, of which a trace would not hear."""
+    return unobserved(*given) and not torch._C._len_torch_dispatch_stack()  # noqa: SLF001
 
 
 def own_kernels(*given: Tensor) -> ModuleType | None:
     """Our own kernels, where they may take some tensors: of one type of half precision, on one GPU, and no graph or trace is made."""
     first = given[0]
-    if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled() or not unobserved(*given):
+    if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled() or not _launches(*given):
         return None
     kernels = None if in_transform() else _kernels(first.device, first.dtype)
     alike = all(x.numel() and x.dtype is first.dtype and x.device == first.device for x in given)
@@ -80,7 +85,7 @@ def own_kernels(*given: Tensor) -> ModuleType | None:
 
 def has_own_kernels(like: Tensor) -> bool:
     """Whether there are kernels of our own for the device and the type of a tensor."""
-    if like.device.type != "cuda" or like.dtype not in HALF or in_transform() or not unobserved(like):
+    if like.device.type != "cuda" or like.dtype not in HALF or in_transform() or not _launches(like):
         return False
     return _kernels(like.device, like.dtype) is not None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,7 +43,7 @@ from .mixing import mix
 from .ownership import written
 from .registry import EXPANSIONS, Operation, operation
 from .remembered import CONSTANT, key_of, recall, remember
-from .running import accumulates, hide_from_compiler, in_backward, in_transform, modes, unrecorded, unwrapped
+from .running import accumulates, hide_from_compiler, in_backward, in_transform, modes, run_backward, unrecorded, unwrapped
 from .sample_axis import EXPANDS, MOVES, TURNS, follow, refuse_mixing
 from .strategy import Strategy, prepare, using
 from .sums import Store
@@ -79,18 +79,16 @@ class Recording(Known, TorchFunctionMode):
         Known.__init__(self, batch_size, batch_dim)
         self.model, self.loss_reduction, self.fallback, self.create_graph = model, loss_reduction, fallback, create_graph
         of_type("record", model, "a model", nn.Module)
-        modules = dict(model.named_modules())
-        self.parameters = trainable(model, modules)
+        # by name, and which are parts of which
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._children = children_of(self._modules.values())
+        self.parameters = trainable(model, self._modules)
         self.strategy = strategy or Strategy()
         self.collector = Collector(self.parameters, consume, create_graph=create_graph, store=store)
         self._anchor_node = get_gradient_edge(self.anchor).node
-        # by name, and which are parts of which
-        self._modules, self._children = modules, children_of(modules.values())
         self._handles: list[Any] = []
         # with the backward they run in: a checkpoint starts one inside another
         self._sources: list[tuple[Callable[..., Any], int]] = []
-        # how many of them are derivatives
-        self._derivatives = 0
         self._open = False
         # what ran before the batch size was known
         self._earlier: list[tuple[Operation, tuple[Any, ...], dict[str, Any], Any]] = []
@@ -242,7 +240,6 @@ class Recording(Known, TorchFunctionMode):
     ) -> Any:
         """Record a function through its source, with the mode on."""
         self._sources += [(source, torch._C._current_graph_task_id()) for source in (func, inner)]  # noqa: SLF001
-        self._derivatives += func in _DERIVATIVES
         try:
             return inner(*args, **kwargs)
         except BaseException:
@@ -252,7 +249,6 @@ class Recording(Known, TorchFunctionMode):
             raise
         finally:
             del self._sources[-2:]
-            self._derivatives -= func in _DERIVATIVES
 
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
@@ -388,7 +384,7 @@ class Recording(Known, TorchFunctionMode):
                         self._check_derivative(torch.autograd.backward, (losses,), {})
                         ones = torch.ones_like(losses)
                     self.begun = True
-                    self._through(torch.autograd.backward, _run_backward, (losses, ones), {"retain_graph": retain_graph})
+                    self._through(torch.autograd.backward, run_backward, (losses, ones), {"retain_graph": retain_graph})
                 with unrecorded():
                     others = self.leaves_elsewhere(losses) if self.collector.empty else []
                 if others:
@@ -449,7 +445,7 @@ class Recording(Known, TorchFunctionMode):
                 "backward: it runs through a recording that is closed, so its per-sample gradients would be lost. Call "
                 "`rec.backward(losses)` inside the `with record(...)` block."
             )
-        if self.sees_backwards and not self._derivatives:
+        if self.sees_backwards and not any(func in _DERIVATIVES for func, _ in self._sources):
             raise SamplewiseError(
                 "backward: it was begun where the recording does not see it, in another thread perhaps, so nothing is known of its loss. "
                 "Call `rec.backward(losses)`, which may be called in any thread."
@@ -496,12 +492,6 @@ class Recording(Known, TorchFunctionMode):
         self.refuse_new_parameters()
         for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
             refuse_loss(self.kind(loss), self.loss_reduction)
-
-
-def _run_backward(losses: Tensor, ones: Tensor, *, retain_graph: bool) -> None:
-    """What `torch.autograd.backward` comes to, whose checks would first import what torch knows of symbolic shapes, for a second."""
-    how = {"keep_graph": retain_graph, "create_graph": False, "allow_unreachable": True, "accumulate_grad": True}
-    _engine_run_backward((losses,), (ones,), inputs=(), **how)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, *default: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 
 def modes() -> list[Any]:
@@ -36,6 +38,12 @@ def accumulates(node: Any) -> bool:
     except RuntimeError:
         # the leaf itself is what `torch.autograd.grad` was asked for
         return False
+
+
+def run_backward(losses: Tensor, ones: Tensor, *, retain_graph: bool) -> None:
+    """What `torch.autograd.backward` comes to, whose checks would first import what torch knows of symbolic shapes, for a second."""
+    how = {"keep_graph": retain_graph, "create_graph": False, "allow_unreachable": True, "accumulate_grad": True}
+    _engine_run_backward((losses,), (ones,), inputs=(), **how)
 
 
 class unrecorded:  # noqa: N801  (used as torch.no_grad is)
@@ -67,6 +75,27 @@ class unrecorded:  # noqa: N801  (used as torch.no_grad is)
 
 def _without_autocast() -> Sequence[torch.autocast]:
     return [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+
+
+class Watching(TorchDispatchMode):
+    """A mode that wants to hear of values which leave torch without an op."""
+
+    def read(self, x: Tensor, how: str) -> None:
+        """Hear of one."""
+
+
+def only_watched() -> bool:
+    """Whether all dispatch modes of this thread only watch."""
+    return all(isinstance(mode, Watching) for mode in _get_current_dispatch_mode_stack())
+
+
+def listed(x: Tensor) -> Any:
+    """`x.tolist()`."""
+    if torch._C._len_torch_dispatch_stack():  # noqa: SLF001
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, Watching):
+                mode.read(x, "tolist")
+    return x.tolist()
 
 
 def in_backward() -> bool:

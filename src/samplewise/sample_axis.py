@@ -84,6 +84,7 @@ from .movement import (
 )
 from .ownership import along_dim, gathered, masked_put, occurring, of_lost_view, picked, put, scattered
 from .registry import RULES
+from .running import listed
 
 
 def follow(call: Call, out: Tensor) -> Where | None:
@@ -189,7 +190,7 @@ def _sorted(call: Call, x: Tensor, out: Tensor) -> Lost:
     """What a sort over the samples gives; of the order of rows by an integer of each (its expert), the integers in that order."""
     places = call.name == "argsort" or (len(call.results) == 2 and call.results[1] is out)
     whole = x.ndim == 1 and not x.is_floating_point() and x.dtype != torch.bool
-    return Lost(call.name, order=object() if places else None, keys=tuple(x[out].tolist()) if places and whole else None)
+    return Lost(call.name, order=object() if places else None, keys=tuple(listed(x[out])) if places and whole else None)
 
 
 def _is_number(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 
 from .judge import judge
-from .network import DERIVATIVES, OPS
+from .network import DERIVATIVES, OPS, TRACED
 from .search import draw, replayed, shown, shrunk
 
 
@@ -36,6 +36,7 @@ def arguments():
     parser.add_argument("--programs", type=int, help="how many (default: as many as fit in --minutes)")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--derivatives", action="store_true", help="losses made of derivatives by the input")
+    parser.add_argument("--traced", action="store_true", help="quantities by a trace of other data")
     parser.add_argument("--replay", metavar="PROGRAM", help="run one program, as printed with a failure")
     return parser.parse_args()
 
@@ -53,6 +54,8 @@ def search(options):
     while index - options.first < options.programs if options.programs else time.monotonic() < end:
         case = draw(options.seed, index)
         case = case.but(how=DERIVATIVES) if options.derivatives else case
+        # an ordinary gradient of the input is refused
+        case = case.but(how=TRACED, wants=False) if options.traced else case
         verdict = judge(case)
         half = "harmful" if verdict.harmful else "plain"
         counts[f"{half}: {verdict.kind}"] += 1

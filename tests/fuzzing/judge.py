@@ -8,7 +8,7 @@ from torch import Tensor
 
 import samplewise as sw
 
-from .network import DERIVATIVES, OPS
+from .network import DERIVATIVES, OPS, TRACED
 
 # of float64, and of programs with a shorter type in the middle
 TIGHT, LOOSE = 1e-6, 0.1
@@ -67,7 +67,7 @@ def _judge(case):
         return Verdict("crashed", f"{type(error).__name__} {short(error)}"), net.ran
     verdict = _disagreement(found, wanted) or _compared(net, case, x, found, wanted)
     # with a graph no input has a gradient
-    fills = case.wants and case.how != DERIVATIVES
+    fills = case.wants and case.how not in {DERIVATIVES, TRACED}
     if fills and torch.equal(input_found.isnan(), input_grad.isnan()):
         # where plain PyTorch has no number either (hypot at zero) there is nothing to compare
         input_found, input_grad = input_found.nan_to_num(0.0), input_grad.nan_to_num(0.0)
@@ -202,6 +202,8 @@ def _alone(net, case, x):
 
 def _recorded(net, case, x):
     """What samplewise says: rows and the input's gradient; a sentence where its own quantities disagree."""
+    if case.how == TRACED:
+        return _traced(net, case, x), None
     fed = _input(case, x)
     if case.how == 3:
         rows = sw.per_sample_grads(net, lambda model, batch: model.losses(batch), fed, batch_dim=case.batch_dim)
@@ -216,6 +218,39 @@ def _recorded(net, case, x):
     grad = _gradient_of(fed) * (len(losses) if case.how == 2 else 1)
     rows = {name: part.detach() for name, part in rec.grads().items()}
     return _consistent(net, rec, rows, _tolerance(net, case)) or rows, grad
+
+
+class Shell(torch.nn.Module):
+    """A module with the parameters of a network whose attributes change while it runs, which no trace allows."""
+
+    def __init__(self, net):
+        super().__init__()
+        # out of sight
+        self.inner = (net,)
+        self.ps = torch.nn.ParameterList(net.parameters())
+
+    def forward(self, x):
+        return self.inner[0].losses(x)
+
+
+def _traced(net, case, x):
+    """The rows of a trace that was made of other data; a sentence where it gives the same tensors for another batch."""
+    names = {id(p): name for name, p in net.named_parameters()}
+
+    def quantities(model, loss_fn, batch):
+        with sw.record(model, batch_dim=case.batch_dim) as rec:
+            rec.backward(loss_fn(model, batch))
+        return rec.grads(), rec.norms()
+
+    shell = Shell(net)
+    run = sw.traced(quantities, shell, lambda model, batch: model(batch))
+    for draw in range(3):
+        run(torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(draw)))
+    grads, norms = run(x.clone())
+    rows = {names[id(shell.get_parameter(name))]: part for name, part in grads.items()}
+    flat = torch.cat([part.flatten(1) for part in rows.values()], 1)
+    agrees = close(norms, flat.norm(dim=1).to(norms.dtype), _tolerance(net, case))
+    return rows if agrees else "norms: not what the rows give"
 
 
 def _consistent(net, rec, rows, tolerance):

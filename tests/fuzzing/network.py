@@ -49,8 +49,8 @@ def op(layouts, **flags):
     return put
 
 
-# `how` a program is recorded whose losses are made of derivatives by its input
-DERIVATIVES = 4
+# `how` a program is recorded whose losses are made of derivatives by its input, and one that is traced and run again
+DERIVATIVES, TRACED = 4, 5
 
 
 @dataclass(frozen=True)

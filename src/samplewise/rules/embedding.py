@@ -8,6 +8,7 @@ from torch import Tensor
 
 from samplewise.outer import Rows
 from samplewise.registry import expand, rule
+from samplewise.running import listed
 
 
 @rule(torch.embedding, saves={"weight": ["input"]})
@@ -47,7 +48,7 @@ def embedding_bag(
     # out[n] = sum (mode 0), mean (1) or max (2) over the bag's positions t of weight[input[n,t]]
     starts = offsets[:-1] if include_last_offset else offsets
     end = int(offsets[-1]) if include_last_offset else input.numel()
-    positions, inside = _bags(starts.tolist(), end, input.device)
+    positions, inside = _bags(listed(starts), end, input.device)
     # a bag is its sample's, where the offsets are the samples'
     own = torch.zeros_like(starts)[:, None]
     index = _in_bags(input, positions) + own

@@ -16,6 +16,7 @@ from samplewise.axes import in_step
 from samplewise.factors import Dense, positions
 from samplewise.outer import Outer
 from samplewise.registry import expand, rule
+from samplewise.running import listed
 
 States = tuple[Tensor, ...]
 # (input product of one step, states, recurrent weights) -> states; the first state is the output
@@ -166,7 +167,7 @@ def _packed(
 
 def _rows(batch_sizes: Tensor, device: torch.device) -> Tensor:
     """Where the packed rows stand among the `t * n` padded ones."""
-    sizes = batch_sizes.tolist()
+    sizes = listed(batch_sizes)
     return torch.tensor(
         [t * sizes[0] + i for t, size in enumerate(sizes) for i in range(size)], dtype=torch.long, device=device
     )
@@ -174,7 +175,7 @@ def _rows(batch_sizes: Tensor, device: torch.device) -> Tensor:
 
 def _unpacked(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The packed rows as `(t, n, ...)`, with `(t, n, 1)` true where a sequence has not ended."""
-    sizes = batch_sizes.tolist()
+    sizes = listed(batch_sizes)
     starts = [sum(sizes[:t]) for t in range(len(sizes))]
     # past its end a sequence shows its first row, which the mask hides
     source = [starts[t] + i if i < size else i for t, size in enumerate(sizes) for i in range(sizes[0])]
@@ -235,7 +236,7 @@ for _op, _cell in ((_OPS.gru, _gru_cell), (_OPS.rnn_tanh, _tanh_cell), (_OPS.rnn
 
 @expand(_OPS._pack_padded_sequence)  # noqa: SLF001
 def pack_padded_sequence(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    counts = lengths.tolist()
+    counts = listed(lengths)
     if counts != sorted(counts, reverse=True) or min(counts, default=1) < 1:
         raise RuntimeError(
             f"pack_padded_sequence: expected positive lengths in decreasing order, got {counts}. Pass enforce_sorted=False."

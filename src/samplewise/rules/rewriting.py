@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samplewise.registry import expand
+from samplewise.running import listed
 
 
 def _as_computed(op: Callable[..., Tensor], dims: Sequence[int], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -64,7 +65,7 @@ def grouped_mm(
     # rows of the input up to each offset by the matrix of that group: experts of a mixture
     if offs is None or input.ndim != 2 or mat2.ndim != 3 or bias is not None:
         return NotImplemented
-    ends = offs.tolist()
+    ends = listed(offs)
     groups = [input[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, mat2.unbind(0), strict=False)]
     out = torch.cat([*groups, input[ends[-1] :] @ torch.zeros_like(mat2[0])])
     return out.to(out.dtype if out_dtype is None else out_dtype)

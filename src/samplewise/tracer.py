@@ -1,0 +1,337 @@
+"""The ops of one call, noted in their order, as a graph that runs them again: what a recording came to, without the recording."""
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from .axes import swapped, tensors_in
+from .errors import UnsupportedOpError
+from .notes import Notes
+from .running import Watching, unrecorded
+
+# Of other arguments than tensors: what is the same in every process and at every time.
+_PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+_DENSE = frozenset({Tensor, nn.Parameter, nn.Buffer})
+_MASKS = frozenset({torch.bool, torch.uint8})
+_INDEX = torch.ops.aten.index.Tensor
+_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_PLAINLY = torch._C._AutoDispatchBelowADInplaceOrView  # noqa: SLF001
+
+
+class Trace(NamedTuple):
+    """A call that can run again."""
+
+    run: Callable[..., Sequence[Tensor]]
+    # the same for calls that take the same steps
+    code: str
+    # what the call used beside the tensors that it was given: parameters, buffers, and others made before it
+    held: Sequence[Tensor]
+    # which of them it made itself, of Python's numbers
+    literals: frozenset[int]
+    rebuild: Callable[[Sequence[Tensor]], Any]
+    # whether it writes to memory that it did not make
+    writes: bool
+
+    def __call__(self, given: Sequence[Tensor]) -> Any:
+        """Run it with other values of the tensors that it was given."""
+        with unrecorded():
+            if self.writes:
+                return self.rebuild(self.run(*given, *self.held))
+            with _PLAINLY():
+                return self.rebuild(self.run(*given, *self.held))
+
+    def differs(self, other: "Trace") -> str | None:
+        """A step in which another trace is not this one; None where there is none."""
+        pairs = zip(self.code.splitlines(), other.code.splitlines(), strict=False)
+        step = next((f"`{a.strip()}` and `{b.strip()}`" for a, b in pairs if a != b), None)
+        if step or self.code != other.code:
+            return step or "one of them has more steps"
+        for k, (a, b) in enumerate(zip(self.held, other.held, strict=True)):
+            if k not in self.literals and a is not b:
+                return f"a tensor of shape {tuple(b.shape)} made outside was another one"
+            if k in self.literals and not (a.dtype == b.dtype and torch.equal(a, b)):
+                return f"a tensor of shape {tuple(b.shape)} made of numbers had other values"
+        return None
+
+
+class Tracer(Watching):
+    """Notes every op that runs, and refuses what would make another call take other steps.
+
+    It keeps no tensor alive but those that were there before. A value *varies* if another call may find another one: that of tensors from
+    outside, and of what was made of them or at random. To read such a value is refused.
+    """
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._graph = fx.Graph()
+        self._nodes: Notes[fx.Node] = Notes()
+        self._last_placeholder: fx.Node | None = None
+        self._varying = set[int]()
+        self._outside = set[int]()
+        self._count = itertools.count()
+        # by their placeholders
+        self._held: dict[fx.Node, Tensor] = {}
+        self._literals = set[fx.Node]()
+        # leaves that a backward might give a gradient, with what they had
+        self._leaves: list[tuple[Tensor, Tensor | None, int]] = []
+        # the state in which the last random op left the generator of a device
+        self._drawn: dict[torch.device, Tensor] = {}
+        # those whose shape an op changed in place
+        self._turned = set[fx.Node]()
+        self._writes = False
+        for x in given:
+            self._from_outside(x)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an op and note it."""
+        # function modes, the recording among them, have seen the call that led here
+        with torch._C.DisableTorchFunction():  # noqa: SLF001
+            if func is torch.ops.aten.lift_fresh.default:
+                return self._literal(args[0])
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs)) if self._is_tensor(func, x)]
+        nodes = {id(x): self._node(x) for x in tensors}
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        varies = random or any(self.varies(x) for x in tensors)
+        self._refuse_reading(func, args, tensors)
+        if random:
+            self._refuse_reset(func, tensors, kwargs)
+        node = self._graph.call_function(func, *swapped((args, kwargs), nodes))
+        out = func(*args, **kwargs)
+        if random:
+            self._note_draw(tensors, kwargs)
+        self._note(node, out, varies=varies)
+        if func._schema.is_mutable:  # noqa: SLF001
+            self._note_writes(func, args, kwargs, varies=varies)
+        return out
+
+    def result(self, out: Any) -> Trace:
+        """What ran, with the tensors in `out` as its results."""
+        leaves, spec = tree_flatten(out)
+        results = {k: self._node(x) for k, x in enumerate(leaves) if isinstance(x, Tensor)}
+        self._refuse_gradients()
+        self._graph.output(tuple(results.values()))
+        self._drop_detached()
+        self._graph.eliminate_dead_code(_must_run)
+        for node in [node for node in self._held if not node.users]:
+            del self._held[node]
+            self._graph.erase_node(node)
+        literals = frozenset(k for k, node in enumerate(self._held) if node in self._literals)
+        rest = [None if k in results else x for k, x in enumerate(leaves)]
+
+        def rebuild(tensors: Sequence[Tensor]) -> Any:
+            whole = rest.copy()
+            for k, x in zip(results, tensors, strict=True):
+                whole[k] = x
+            return tree_unflatten(whole, spec)
+
+        module = fx.GraphModule(nn.Module(), self._graph)
+        return Trace(module.forward, _listing(self._graph), list(self._held.values()), literals, rebuild, self._writes)
+
+    def varies(self, x: Tensor) -> bool:
+        """Whether another call may find another value there."""
+        return self._nodes.get(x) is None or _memory(x) in self._varying
+
+    def read(self, x: Tensor, how: str) -> None:
+        """Refuse to read a value that varies."""
+        if x.numel() and self.varies(x):
+            raise UnsupportedOpError(
+                f"traced: {how} reads a value that depends on the batch or the parameters, of shape {tuple(x.shape)}, and a trace would "
+                "repeat for every batch what was done for this one. Call the function itself, which records each batch."
+            )
+
+    # --- tensors ------------------------------------------------------------------------------------------------------------
+
+    def _is_tensor(self, func: Any, x: object) -> bool:
+        if isinstance(x, Tensor):
+            if type(x) not in _DENSE or (x.layout != torch.strided and self._nodes.get(x) is None):
+                raise UnsupportedOpError(
+                    f"traced: {func} takes a {type(x).__name__} of layout {x.layout}, and only plain, dense tensors are traced. Call the "
+                    "function itself, which records each batch."
+                )
+            return True
+        if not isinstance(x, _PLAIN):
+            raise UnsupportedOpError(
+                f"traced: {func} takes a {type(x).__name__}, whose state a trace cannot repeat. Draw random numbers by torch's default "
+                "generator, or call the function itself, which records each batch."
+            )
+        return False
+
+    def _node(self, x: Tensor) -> fx.Node:
+        """The node of a tensor, which is from outside if it has none yet."""
+        node = self._nodes.get(x)
+        if node is None:
+            node = self._from_outside(x)
+            self._held[node] = x
+        return node
+
+    def _from_outside(self, x: Tensor) -> fx.Node:
+        if x.grad_fn is not None:
+            raise UnsupportedOpError(
+                f"traced: a tensor of shape {tuple(x.shape)} was computed before the call from others that require grad, whose ordinary "
+                "gradients a trace would leave out. Detach it, or compute it in the model."
+            )
+        last = self._last_placeholder
+        with self._graph.inserting_after(last) if last is not None else self._graph.inserting_before():
+            node = self._last_placeholder = self._graph.placeholder(f"given{next(self._count)}")
+        self._nodes[x] = node
+        cells = _memory(x)
+        self._varying.add(cells)
+        self._outside.add(cells)
+        if x.is_leaf and x.requires_grad:
+            self._leaves.append((x, x.grad, -1 if x.grad is None else x.grad._version))  # noqa: SLF001
+        return node
+
+    def _note(self, node: fx.Node, out: Any, *, varies: bool) -> None:
+        """Note the results of an op."""
+        if isinstance(out, Tensor):
+            self._made(node, out, varies=varies)
+        elif isinstance(out, tuple | list):
+            for k, x in enumerate(out):
+                if isinstance(x, Tensor):
+                    self._made(self._graph.call_function(operator.getitem, (node, k)), x, varies=varies)
+
+    def _note_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, varies: bool) -> None:
+        """Note what an op wrote to."""
+        written = [
+            args[place] if place < len(args) else kwargs.get(argument.name)
+            for place, argument in enumerate(func._schema.arguments)  # noqa: SLF001
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        targets = tensors_in(written)
+        cells = set(map(_memory, targets))
+        self._writes = self._writes or not cells.isdisjoint(self._outside)
+        self._varying |= cells if varies else set()
+        if torch.Tag.inplace_view in func.tags:
+            self._turned.update(map(self._node, targets))
+
+    def _made(self, node: fx.Node, x: Tensor, *, varies: bool) -> None:
+        if self._nodes.get(x) is None:
+            self._nodes[x] = node
+        cells = _memory(x)
+        if varies:
+            self._varying.add(cells)
+        else:
+            # of memory that something else had before
+            self._varying.discard(cells)
+
+    def _literal(self, x: Tensor) -> Tensor:
+        """A tensor that was made of Python's numbers: a copy of it in every run."""
+        kept = self._node(x.clone())
+        self._literals.add(kept)
+        self._made(self._graph.call_function(torch.ops.aten.clone.default, (kept,)), x, varies=False)
+        return x
+
+    # --- what another call might do otherwise -------------------------------------------------------------------------------
+
+    def _refuse_reading(self, func: Any, args: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+        """Refuse values that become Python's numbers, and shapes that depend on values."""
+        if torch.Tag.data_dependent_output in func.tags or func is torch.ops.aten.is_nonzero.default:
+            read = tensors
+        elif func is _INDEX:
+            read = [x for x in args[1] if x is not None and x.dtype in _MASKS]
+        else:
+            read = tensors if torch.Tag.dynamic_output_shape in func.tags else []
+        for x in read:
+            self.read(x, str(func))
+
+    def _refuse_reset(self, func: Any, tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
+        """Refuse numbers that are drawn for a second time, as where a checkpoint draws its dropout again."""
+        device = _device_of(tensors, kwargs.get("device"))
+        before = self._drawn.get(device)
+        if before is not None and not torch.equal(before, _generator(device).get_state()):
+            raise UnsupportedOpError(
+                f"traced: {func} draws random numbers after the generator was set (by a checkpoint that draws its dropout again, or "
+                "`fork_rng`), which a trace would leave out. Call the function itself, which records each batch."
+            )
+
+    def _note_draw(self, tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
+        device = _device_of(tensors, kwargs.get("device"))
+        self._drawn[device] = _generator(device).get_state()
+
+    def _refuse_gradients(self) -> None:
+        """Refuse gradients that the backward accumulated beside the rows, which a trace would leave out."""
+        for x, grad, version in self._leaves:
+            if x.grad is not grad or (grad is not None and grad._version != version):  # noqa: SLF001
+                raise UnsupportedOpError(
+                    f"traced: the backward gives an ordinary gradient to a tensor of shape {tuple(x.shape)} that is no parameter of the "
+                    "model, which a trace would leave out. Let it require no grad, or hold it in the model."
+                )
+
+    def _drop_detached(self) -> None:
+        """Without autograd a detached tensor is the tensor."""
+        for node in [node for node in self._graph.nodes if node.target in _SAME]:
+            if self._turned.isdisjoint((node, node.args[0])):
+                node.replace_all_uses_with(node.args[0])
+                self._graph.erase_node(node)
+
+
+class Reading(TorchFunctionMode):
+    """Tells a tracer of values that leave torch without an op."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a call."""
+        if func in _LEAVES_TORCH:
+            self._tracer.read(args[0], func.__name__)
+        if getattr(func, "__name__", "") == "__set__" and func.__self__.__name__ in _NOT_SET:
+            raise UnsupportedOpError(
+                f"traced: `.{func.__self__.__name__} = ...` gives a tensor of shape {tuple(args[0].shape)} other memory, which no op does "
+                "and a trace would leave out. Write into it (`copy_`), or call the function itself, which records each batch."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_LEAVES_TORCH = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__})
+_NOT_SET = frozenset({"data", "grad"})
+
+
+def _listing(graph: fx.Graph) -> str:
+    """The steps of a graph, the same for graphs that are the same."""
+    numbers = {node: k for k, node in enumerate(graph.nodes)}
+
+    def named(value: Any) -> Any:
+        return fx.node.map_arg(value, lambda node: f"%{numbers[node]}")
+
+    return "\n".join(f"%{k} = {node.target}({named(node.args)}, {named(node.kwargs)})" for node, k in numbers.items())
+
+
+def _memory(x: Tensor) -> int:
+    """Which memory a tensor is in, as far as that can be said."""
+    return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)  # noqa: SLF001
+
+
+def _must_run(node: fx.Node) -> bool:
+    """Whether an op does more than give its result."""
+    if node.op != "call_function":
+        return True
+    tags = getattr(node.target, "tags", ())
+    schema = getattr(node.target, "_schema", None)
+    return torch.Tag.nondeterministic_seeded in tags or (schema is not None and schema.is_mutable)
+
+
+def _device_of(tensors: Sequence[Tensor], given: Any) -> torch.device:
+    return tensors[0].device if tensors else torch.device(given or torch.get_default_device())
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The default generator of a device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    generator: torch.Generator = torch.get_device_module(device).default_generators[device.index or 0]
+    return generator

@@ -1,0 +1,634 @@
+"""A traced quantity gives what a recording gives, whatever changed since it was traced, or it is refused."""
+
+import copy
+import functools
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import samplewise as sw
+from samplewise.tracer import Tracer
+from test_ways_of_running import KINDS, Net, normal, squares
+
+N = 5
+# recorded once, then traced twice
+BEFORE = 3
+
+
+def quantities(model, loss_fn, batch):
+    """A quantity of a user's own."""
+    with sw.record(model) as rec:
+        rec.backward(loss_fn(model, batch))
+    norms = rec.norms()
+    return {"grads": rec.grads(), "norms": norms, "sums": rec.weighted_sum(1 / norms), "gram": rec.gram(), "n": len(norms)}
+
+
+def equal(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def batch_like(x, seed):
+    return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def ready(quantity, model, losses, x, **options):
+    """A traced quantity that has made its trace of other batches."""
+    run = sw.traced(quantity, model, losses, **options)
+    for seed in range(BEFORE):
+        run(batch_like(x, seed))
+    return run
+
+
+def runs_without_the_model(run, model, batch):
+    """What comes of a batch, and whether the model's forward was called for it."""
+    calls = []
+    forward, model.forward = model.forward, lambda *args: (calls.append(args), forward(*args))[1]
+    try:
+        return run(batch), bool(calls)
+    finally:
+        del model.forward
+
+
+def again(run, batch, times=BEFORE + 1):
+    """As many calls as it takes to make a trace and run it."""
+    return [run(batch(seed)) for seed in range(times)]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    make, batch = KINDS[request.param]
+    return make(), batch.clone()
+
+
+@pytest.fixture
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+# --- the same numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantity", "options"),
+    [
+        (sw.per_sample_grads, {}),
+        (sw.per_sample_norms, {}),
+        (sw.per_sample_norms, {"strategy": "gram"}),
+        (sw.clipped_grads, {"max_grad_norm": 0.5}),
+        (quantities, {}),
+    ],
+)
+def test_a_later_batch(kind, quantity, options):
+    model, batch = kind
+    run = ready(quantity, model, squares, batch, **options)
+    for seed in (10, 11):
+        fed = batch_like(batch, seed)
+        equal(run(fed), quantity(model, squares, fed, **options))
+
+
+def test_the_model_is_not_run_again(mlp):
+    seen = []
+    x = normal(N, 4)
+
+    def losses(model, batch):
+        seen.append(len(batch))
+        return squares(model, batch)
+
+    run = ready(sw.per_sample_norms, mlp, losses, x)
+    assert len(seen) == BEFORE
+    run(x)
+    assert len(seen) == BEFORE
+
+
+def test_training_sees_its_own_steps(mlp):
+    """Values of parameters are read at every call, and gradients are written where they are wanted."""
+    one, other = mlp, copy.deepcopy(mlp)
+    results = [{name: torch.zeros_like(p) for name, p in model.named_parameters()} for model in (one, other)]
+    run = sw.traced(sw.clipped_grads, one, squares, max_grad_norm=0.3, out=results[0])
+    for seed in range(8):
+        x = batch_like(normal(N, 4), seed)
+        for model, sums, found in (
+            (one, results[0], run(x)),
+            (other, results[1], sw.clipped_grads(other, squares, x, max_grad_norm=0.3, out=results[1])),
+        ):
+            assert all(found[0][name] is part for name, part in sums.items())
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.sub_(sums[name])
+        equal(list(one.parameters()), list(other.parameters()))
+
+
+def test_batches_of_several_tensors(mlp):
+    def losses(model, batch):
+        scale = batch["scale"]
+        return F.cross_entropy(model(batch["inputs"][0]), batch["labels"], reduction="none") * scale
+
+    def made(seed, scale):
+        labels = torch.randint(3, (N,), generator=torch.Generator().manual_seed(seed))
+        return {"inputs": (batch_like(normal(N, 4), seed), None), "labels": labels, "scale": scale}
+
+    run = sw.traced(sw.per_sample_norms, mlp, losses)
+    for seed in range(10):
+        batch = made(seed, 1.5 if seed < 6 else 2.5)
+        equal(run(batch), sw.per_sample_norms(mlp, losses, batch))
+
+
+def test_one_tensor_given_twice_and_then_two(mlp):
+    losses = lambda model, batch: (model(batch[0]) * model(batch[1])).sum(1)
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
+    for seed in range(5):
+        run((y := batch_like(x, seed), y))
+    for seed in range(5):
+        pair = (batch_like(x, seed), batch_like(x, seed + 1))
+        equal(run(pair), sw.per_sample_norms(mlp, losses, pair))
+
+
+def test_results_are_nobody_elses(mlp):
+    run = ready(sw.per_sample_grads, mlp, squares, x := normal(N, 4))
+    first = run(x)
+    kept = {name: rows.clone() for name, rows in first.items()}
+    run(x + 1)
+    equal(first, kept)
+    for rows in first.values():
+        rows.zero_()
+    equal(run(x), kept)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_autocast(mlp, half):
+    """Casts are part of a trace; weights that autocast keeps as they were cast before are not."""
+    model, x = mlp.float(), normal(N, 4).float()
+    run = sw.traced(sw.per_sample_norms, model, squares)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        for seed in range(6):
+            fed = batch_like(x, seed)
+            equal(run(fed), sw.per_sample_norms(model, squares, fed))
+            with torch.no_grad():
+                model[0].weight.mul_(1.1)
+    equal(run(x), sw.per_sample_norms(model, squares, x))
+
+
+def test_a_weight_cast_once():
+    """Of a weight that is cast for all samples together, under one autocast around all steps."""
+    torch.manual_seed(0)
+    model = Net(
+        lambda self, x: x @ F.linear(self.w, self.v), w=nn.Parameter(torch.randn(4, 3)), v=nn.Parameter(torch.randn(2, 3))
+    )
+    run, x, found, wanted = sw.traced(sw.per_sample_norms, model.float(), squares), torch.randn(N, 4), [], []
+    before = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        for seed in range(6):
+            found.append(run(batch_like(x, seed)))
+            model.w.data.mul_(1.5)
+    for seed in range(6):
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted.append(sw.per_sample_norms(before, squares, batch_like(x, seed)))
+        before.w.data.mul_(1.5)
+    # before that, autocast itself has what it cast first
+    equal(found[BEFORE:], wanted[BEFORE:])
+
+
+def test_random_numbers_are_drawn_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double().train()
+    run, x = ready(sw.per_sample_norms, model, squares, normal(N, 4)), normal(N, 4)
+    torch.manual_seed(1)
+    found = [run(x), run(x)]
+    assert not found[0].equal(found[1])
+    torch.manual_seed(1)
+    equal(found, [sw.per_sample_norms(model, squares, x) for _ in range(2)])
+
+
+def test_buffers_are_read_and_written():
+    torch.manual_seed(0)
+    make = lambda: (
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.InstanceNorm2d(3, affine=True, track_running_stats=True)).double().train()
+    )
+    one = make()
+    other, x = copy.deepcopy(one), normal(N, 2, 5, 5)
+    run = sw.traced(sw.per_sample_norms, one, squares)
+    for seed in range(6):
+        fed = batch_like(x, seed)
+        equal(run(fed), sw.per_sample_norms(other, squares, fed))
+    equal(dict(one.named_buffers()), dict(other.named_buffers()))
+    one.eval()
+    one[1].running_mean.add_(1)
+    for seed in range(5):
+        equal(run(batch_like(x, seed)), sw.per_sample_norms(one, squares, batch_like(x, seed)))
+        one[1].running_var.mul_(1.5)
+
+
+def test_a_number_that_python_made(mlp):
+    losses = lambda model, batch: (
+        squares(model, batch) * torch.tensor([2.0, 3.0], dtype=torch.float64).sum() + torch.arange(2.0).sum()
+    )
+    run = ready(sw.per_sample_norms, mlp, losses, x := normal(N, 4))
+    equal(run(x), sw.per_sample_norms(mlp, losses, x))
+
+
+def test_a_shape_changed_in_place(mlp):
+    def losses(model, batch):
+        out = model(batch)
+        aside = out.detach().mul(2).detach()
+        aside.unsqueeze_(0)
+        return (out * aside[0]).sum(1)
+
+    run = ready(sw.per_sample_norms, mlp, losses, x := normal(N, 4))
+    equal(run(x), sw.per_sample_norms(mlp, losses, x))
+
+
+# --- what has changed since ---------------------------------------------------------------------------------------------------
+
+CHANGES = {
+    "frozen": lambda model: model[0].weight.requires_grad_(False),
+    "replaced": lambda model: setattr(model[0], "weight", nn.Parameter(model[0].weight.detach() * 2)),
+    "other memory": lambda model: setattr(model[0].weight, "data", model[0].weight.detach() * 2),
+    "turned": lambda model: setattr(model[0].weight, "data", (model[0].weight.detach() * 2).T.contiguous().T),
+    "tied": lambda model: setattr(model[0], "bias", nn.Parameter(model[0].bias.detach()[:6])),
+    "another activation": lambda model: model.__setitem__(1, nn.Sigmoid()),
+    "a part more": lambda model: model.append(nn.Linear(3, 3).double()),
+    "a part less": lambda model: model.pop(2),
+    "a hook": lambda model: model[1].register_forward_hook(lambda *args: args[-1] * 2),
+    "a hook before": lambda model: model[1].register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+    "a forward": lambda model: setattr(model[1], "forward", lambda x: x * 3),
+    "parametrized": lambda model: nn.utils.parametrizations.weight_norm(model[0]),
+    "values": lambda model: model.load_state_dict({name: x * 2 for name, x in model.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changed(mlp, change):
+    run = ready(sw.per_sample_grads, mlp, squares, x := normal(N, 4))
+    CHANGES[change](mlp)
+    for seed in range(5):
+        fed = batch_like(x, seed)
+        equal(run(fed), sw.per_sample_grads(mlp, squares, fed))
+
+
+def test_training_and_evaluation_in_turn():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    run, x = sw.traced(sw.per_sample_norms, model, squares), normal(N, 4)
+    for k in range(10):
+        model.train(k % 2 == 0)
+        torch.manual_seed(k)
+        found = run(x)
+        torch.manual_seed(k)
+        equal(found, sw.per_sample_norms(model, squares, x))
+    model[1].p = 0.9
+    model.train()
+    torch.manual_seed(0)
+    found = run(x)
+    torch.manual_seed(0)
+    equal(found, sw.per_sample_norms(model, squares, x))
+
+
+@pytest.mark.parametrize("n", [1, 0])
+def test_batches_of_another_size(mlp, n):
+    run = ready(sw.per_sample_norms, mlp, squares, x := normal(N, 4))
+    for seed in range(5):
+        for fed in (batch_like(x, seed), batch_like(x[:n], seed), batch_like(x.T.contiguous(), seed).T):
+            equal(run(fed), sw.per_sample_norms(mlp, squares, fed))
+
+
+def test_more_kinds_than_are_kept(mlp):
+    run = sw.traced(sw.per_sample_norms, mlp, squares)
+    for k in [*range(1, 12), *range(1, 12)] * 2:
+        fed = batch_like(torch.empty(k, 4, dtype=torch.float64), k)
+        equal(run(fed), sw.per_sample_norms(mlp, squares, fed))
+    assert len(run._known) <= 8
+
+
+FACTOR = 2.0
+
+
+class Losses:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, model, batch):
+        return squares(model, batch) * self.factor
+
+    def method(self, model, batch):
+        return self(model, batch)
+
+
+class Criterion(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, model, batch):
+        return squares(model, batch) * self.factor
+
+
+def scaled(model, batch, factor=1.0):
+    return squares(model, batch) * factor
+
+
+def of_a_variable():
+    factor = 2.0
+
+    def losses(model, batch):
+        return squares(model, batch) * factor
+
+    def change():
+        nonlocal factor
+        factor = 3.0
+
+    return losses, change
+
+
+def of_a_global():
+    return (lambda model, batch: squares(model, batch) * FACTOR), lambda: globals().update(FACTOR=3.0)
+
+
+def of_an_object(make):
+    found = make(2.0)
+    return found, lambda: setattr(found, "factor", 3.0)
+
+
+def of_a_method():
+    found = Losses(2.0)
+    return found.method, lambda: setattr(found, "factor", 3.0)
+
+
+def of_a_partial():
+    found = functools.partial(scaled, factor=2.0)
+    return found, lambda: found.keywords.update(factor=3.0)
+
+
+def of_a_default():
+    found = lambda model, batch, factor=2.0: scaled(model, batch, factor)
+    return found, lambda: setattr(found, "__defaults__", (3.0,))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        of_a_variable,
+        of_a_global,
+        lambda: of_an_object(Losses),
+        lambda: of_an_object(Criterion),
+        of_a_method,
+        of_a_partial,
+        of_a_default,
+    ],
+)
+def test_a_number_of_the_losses_that_changed(mlp, made):
+    losses, change = made()
+    run = ready(sw.per_sample_norms, mlp, losses, x := normal(N, 4))
+    before = run(x)
+    change()
+    for seed in range(5):
+        fed = batch_like(x, seed)
+        equal(run(fed), sw.per_sample_norms(mlp, losses, fed))
+    torch.testing.assert_close(run(x), before * 1.5)
+
+
+def test_a_tensor_of_the_losses_is_read(mlp):
+    factor = torch.tensor(2.0, dtype=torch.float64)
+    run = ready(sw.per_sample_norms, mlp, lambda model, batch: squares(model, batch) * factor, x := normal(N, 4))
+    before = run(x)
+    factor.fill_(3.0)
+    torch.testing.assert_close(run(x), before * 1.5)
+
+
+# --- refused, with the call itself left to take --------------------------------------------------------------------------------
+
+
+def reads(how):
+    return lambda model, batch: squares(model, batch) * how(batch)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        reads(lambda batch: batch.max().item()),
+        reads(lambda batch: 2.0 if (batch > 9).any() else 1.0),
+        reads(lambda batch: float(batch[0, 0])),
+        reads(lambda batch: batch[0].tolist()[0]),
+        reads(lambda batch: float(batch.numpy()[0, 0])),
+        reads(lambda batch: float(np.asarray(batch)[0, 0])),
+        reads(lambda batch: len(batch[batch[:, 0] > 0])),
+        reads(lambda batch: len(batch.nonzero())),
+        lambda model, batch: squares(model, batch) * model[0].weight.sum().item(),
+    ],
+)
+def test_values_that_are_read(mlp, losses):
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
+    run(x)
+    with pytest.raises(sw.UnsupportedOpError, match=r"^traced: .*Call the function itself"):
+        again(run, lambda seed: batch_like(x, seed))
+    assert not torch._C._len_torch_dispatch_stack()
+
+
+def test_numbers_of_the_librarys_own_are_read(mlp):
+    """What it tells by example is no value of the batch."""
+    losses = lambda model, batch: model(batch.flip(0).roll(1, 0).roll(-1, 0).flip(0)).square().sum(1)
+    run = ready(sw.per_sample_norms, mlp, losses, x := normal(N, 4))
+    equal(run(x), sw.per_sample_norms(mlp, losses, x))
+
+
+def test_packed_sequences():
+    torch.manual_seed(0)
+    model = Net(lambda self, x: self.rnn(x)[1][0][-1], rnn=nn.LSTM(4, 3, batch_first=True)).double()
+
+    def losses(model, batch):
+        sequences, lengths = batch
+        return model(nn.utils.rnn.pack_padded_sequence(sequences, lengths, batch_first=True)).square().sum(1)
+
+    run, batch = sw.traced(sw.per_sample_norms, model, losses), (normal(3, 4, 4), torch.tensor([4, 2, 1]))
+    run(batch)
+    with pytest.raises(sw.UnsupportedOpError, match=r"^traced: "):
+        run(batch)
+
+
+def test_steps_that_python_decides(mlp):
+    calls = []
+
+    def losses(model, batch):
+        calls.append(1)
+        return squares(model, batch) * len(calls)
+
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
+    with pytest.raises(sw.UnsupportedOpError, match=r"two batches of one kind took different steps: `.*mul.* and `.*mul"):
+        again(run, lambda _: x)
+
+
+def test_numbers_of_pythons_that_change(mlp):
+    calls = []
+
+    def losses(model, batch):
+        calls.append(1.0)
+        return squares(model, batch) * torch.tensor(calls, dtype=torch.float64)[-1:].sum() * torch.tensor([float(len(calls))])
+
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
+    with pytest.raises(sw.UnsupportedOpError, match=r"took different steps"):
+        again(run, lambda _: x)
+
+
+def test_a_model_that_changes_itself(mlp):
+    class Counting(nn.Sequential):
+        count = 0
+
+        def forward(self, x):
+            self.count += 1
+            return super().forward(x) * self.count
+
+    model = Counting(*mlp)
+    run, x = sw.traced(sw.per_sample_norms, model, squares), normal(N, 4)
+    with pytest.raises(sw.UnsupportedOpError, match=r"^traced: 'count' changed in the call"):
+        again(run, lambda _: x)
+
+
+def test_a_table_that_is_made_once(mlp):
+    class Tabled(nn.Sequential):
+        table = None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.ones(4, dtype=x.dtype) * 2
+            return super().forward(x * self.table)
+
+    model = Tabled(*mlp)
+    run = ready(sw.per_sample_norms, model, squares, x := normal(N, 4))
+    run(x)
+    found, ran = runs_without_the_model(run, model, x)
+    # a forward of its own is another state
+    assert ran
+    equal(found, sw.per_sample_norms(model, squares, x))
+
+
+def test_ordinary_gradients(mlp):
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    run, x = sw.traced(sw.per_sample_norms, mlp, lambda model, batch: squares(model, batch) * scale), normal(N, 4)
+    run(x)
+    with pytest.raises(sw.UnsupportedOpError, match=r"gives an ordinary gradient"):
+        run(x)
+    scale.requires_grad_(False)
+    for seed in range(4):
+        equal(run(batch_like(x, seed)), sw.per_sample_norms(mlp, squares, batch_like(x, seed)))
+
+
+def test_a_batch_with_a_history(mlp):
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    run, x = sw.traced(sw.per_sample_norms, mlp, squares, batch_size=N), normal(N, 4)
+    with pytest.raises(sw.SamplewiseError):
+        again(run, lambda _: x * w)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_in_a_checkpoint(reentrant):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).double()
+    model = Net(
+        lambda self, x: self.head(checkpoint(self.body, self.first(x), use_reentrant=reentrant)),
+        first=nn.Linear(4, 4).double(),
+        body=body,
+        head=nn.Linear(4, 2).double(),
+    )
+    run, x = sw.traced(sw.per_sample_norms, model, squares), normal(N, 4)
+    run(x)
+    with pytest.raises(sw.UnsupportedOpError, match=r"^traced: .* draws random numbers after the generator was set"):
+        run(x)
+    model.eval()
+    for seed in range(5):
+        equal(run(batch_like(x, seed)), sw.per_sample_norms(model, squares, batch_like(x, seed)))
+
+
+def test_a_generator_of_its_own(mlp):
+    generator = torch.Generator().manual_seed(0)
+    noisy = lambda model, batch: squares(model, batch + torch.randn(4, dtype=torch.float64, generator=generator))
+    run, x = sw.traced(sw.per_sample_norms, mlp, noisy), normal(N, 4)
+    run(x)
+    with pytest.raises(sw.UnsupportedOpError, match=r"^traced: .* takes a Generator"):
+        run(x)
+
+
+def test_memory_that_is_set(mlp):
+    def losses(model, batch):
+        aside = torch.zeros_like(batch)
+        aside.data = batch.detach()
+        return squares(model, batch + aside)
+
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses, batch_size=N), normal(N, 4)
+    with pytest.raises(sw.SamplewiseError):
+        again(run, lambda _: x)
+
+
+@pytest.mark.parametrize("batch", [{1, 2}, [np.ones(3)], {"x": object()}, torch.eye(3).to_sparse()])
+def test_batches_that_cannot_be_seen_into(mlp, batch):
+    with pytest.raises(TypeError, match=r"^traced: a batch is made of dense tensors and plain values"):
+        sw.traced(sw.per_sample_norms, mlp, squares)(batch)
+
+
+def test_an_error_leaves_nothing_behind(mlp):
+    def losses(model, batch):
+        if fails:
+            raise ArithmeticError("on purpose")
+        return squares(model, batch)
+
+    fails, x = False, normal(N, 4)
+    run = sw.traced(sw.per_sample_norms, mlp, losses)
+    run(x)
+    for fails in (True, False):
+        for _ in range(4):
+            if fails:
+                with pytest.raises(ArithmeticError):
+                    run(x)
+            else:
+                equal(run(x), sw.per_sample_norms(mlp, losses, x))
+    assert not torch._C._len_torch_dispatch_stack()
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+# --- where else ---------------------------------------------------------------------------------------------------------------
+
+
+def test_inside_other_modes_it_is_recorded(mlp):
+    run = ready(sw.per_sample_norms, mlp, squares, x := normal(N, 4))
+    wanted = run(x)
+    with FlopCounterMode(display=False) as counter:
+        equal(run(x), wanted)
+    assert counter.get_total_flops() > 0
+    with torch.device("cpu"):
+        equal(run(x), wanted)
+    with pytest.raises(sw.SamplewiseError, match=r"inference mode"), torch.inference_mode():
+        run(x)
+    with torch.no_grad(), pytest.raises(sw.SamplewiseError):
+        run(x)
+
+
+def test_what_is_held_is_let_go(mlp):
+    run = ready(sw.per_sample_grads, mlp, squares, x := normal(N, 4))
+    found = run(x)
+    held = [weakref.ref(rows) for rows in found.values()] + [weakref.ref(mlp[0].weight), weakref.ref(x)]
+    del found, x
+    gc.collect()
+    assert [ref() is None for ref in held] == [True] * 4 + [False, True]
+    run.release()
+    run(normal(N, 4))
+    del run
+    # pytest holds the fixture
+    assert mlp[0].weight is held[-2]()
+
+
+def test_a_tracer_keeps_no_tensor_alive():
+    x = torch.ones(3)
+    tracer = Tracer([x])
+    with tracer:
+        made = weakref.ref(y := x * 2)
+        z = y + 1
+    del y
+    assert made() is None
+    again = tracer.result({"z": z, "number": 1})
+    equal(again([torch.full((3,), 2.0)]), {"z": torch.full((3,), 5.0), "number": 1})
