@@ -6,7 +6,8 @@ Each round runs the plain step; the forward and the backward to the activations 
 sum, and the gradients written into buffers, of the factors of one recorded step, without recording it again; and the whole of each. "limit"
 is the activations plus one of these: the kernels without the recording. It is a limit of these algorithms and kernels, not of the problem.
 "by hand" is a step written for the network, with bare autograd functions around the same kernels (by_hand.py), where there is one: what
-lies between the limit and it is Python of any kind, and caches that are cold in a step. The last column is the time to write as many
+lies between the limit and it is Python of any kind, and caches that are cold in a step. "traced" is a step by `samplewise.traced`, whose
+activations are without torch's own Python too. The last column is the time to write as many
 numbers into the same buffers.
 
 A second table has the memory that clipped sums need beside the plain step's, in any single backward: until all norms are known, the
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from by_hand import ByHand
 from cells import MIB, Place, live, seconds
-from peers import CLIPPED, FLOOR, INTO, NORMS, OURS, PLAIN, SYSTEMS, Problem
+from peers import CLIPPED, FLOOR, INTO, NORMS, OURS, PLAIN, SYSTEMS, TRACED, Problem
 from samplewise.factors import Factor
 from samplewise.quantities import Record
 from samplewise.recording import Recording
@@ -35,11 +36,12 @@ from workloads import WORKLOADS
 ACTIVATIONS = "activations alone"
 # each quantity, and what it is called where it is asked for without a recording
 ALONE = {quantity: f"{quantity} alone" for quantity in (NORMS, CLIPPED, INTO)}
+IN_A_TRACE = {quantity: f"{quantity}, traced" for quantity in ALONE}
 BY_HAND = {NORMS: f"{NORMS} by hand", CLIPPED: f"{CLIPPED} by hand"}
 MEMORY = ("plain step, at its peak", "clipped sum, at its peak", "kept for the sum", "leaner of both")
 COLUMNS = (
     ACTIVATIONS,
-    *(column for q in ALONE for column in (ALONE[q], "limit", *([BY_HAND[q]] if q in BY_HAND else []), q)),
+    *(column for q in ALONE for column in (ALONE[q], "limit", *([BY_HAND[q]] if q in BY_HAND else []), q, IN_A_TRACE[q])),
     FLOOR,
 )
 
@@ -131,6 +133,7 @@ def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dic
     parts = {
         PLAIN: (SYSTEMS[PLAIN], PLAIN),
         **{quantity: (ours, quantity) for quantity in ALONE},
+        **{name: (SYSTEMS[TRACED], quantity) for quantity, name in IN_A_TRACE.items()},
         FLOOR: (SYSTEMS[FLOOR], INTO),
     }
     ready = {name: system.prepare(problem, quantity) for name, (system, quantity) in parts.items()}
@@ -144,6 +147,9 @@ def measured(workload: str, place: Place, repeats: int) -> tuple[str, float, dic
     runs[ALONE[NORMS]], runs[ALONE[CLIPPED]] = lambda: norms_alone(factors), lambda: clipped_alone(factors, weights)
     runs[ALONE[INTO]] = lambda: written_alone(factors, ready[INTO].buffers)
     runs |= by_hand(problem)
+    for name, (system, _) in parts.items():
+        for _ in range(system.before):
+            runs[name]()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(2 + repeats):
         for name, run in runs.items():
