@@ -46,16 +46,6 @@ def ready(quantity, model, losses, x, **options):
     return run
 
 
-def runs_without_the_model(run, model, batch):
-    """What comes of a batch, and whether the model's forward was called for it."""
-    calls = []
-    forward, model.forward = model.forward, lambda *args: (calls.append(args), forward(*args))[1]
-    try:
-        return run(batch), bool(calls)
-    finally:
-        del model.forward
-
-
 def again(run, batch, times=BEFORE + 1):
     """As many calls as it takes to make a trace and run it."""
     return [run(batch(seed)) for seed in range(times)]
@@ -413,7 +403,10 @@ def reads(how):
     "losses",
     [
         reads(lambda batch: batch.max().item()),
-        reads(lambda batch: 2.0 if (batch > 9).any() else 1.0),
+        reads(lambda batch: 2.0 if (batch + torch.rand(())).max() > 9 else 1.0),
+        lambda model, batch: squares(model, batch) * (2.0 if (model(batch) > 9).any() else 1.0),
+        lambda model, batch: squares(model, batch) * (2.0 if model[0].weight.any() else 1.0),
+        lambda model, batch: squares(model, batch) * (2.0 if torch.zeros_like(batch).copy_(batch).any() else 1.0),
         reads(lambda batch: float(batch[0, 0])),
         reads(lambda batch: batch[0].tolist()[0]),
         reads(lambda batch: float(batch.numpy()[0, 0])),
@@ -429,6 +422,28 @@ def test_values_that_are_read(mlp, losses):
     with pytest.raises(sw.UnsupportedOpError, match=r"^traced: .*Call the function itself"):
         again(run, lambda seed: batch_like(x, seed))
     assert not torch._C._len_torch_dispatch_stack()
+
+
+def test_a_yes_or_no_of_the_batch(mlp):
+    """As language models ask whether there is any padding."""
+
+    def losses(model, batch):
+        x, mask = batch
+        total = squares(model, x)
+        if not mask.all():
+            total = total * mask.double().mean(1)
+            if (mask.sum(1) == torch.tensor(1)).any():
+                total = total * 2
+        return total
+
+    x, full = normal(N, 4), torch.ones(N, 3, dtype=torch.bool)
+    some, one = full.clone(), full.clone()
+    some[1, 2], one[1, 1:] = False, False
+    run = sw.traced(sw.per_sample_norms, mlp, losses)
+    for seed in range(30):
+        batch = (batch_like(x, seed), [full, some, one][seed % 3].clone())
+        equal(run(batch), sw.per_sample_norms(mlp, losses, batch))
+    assert len(next(iter(run._known.values())).sure) == 3
 
 
 def test_numbers_of_the_librarys_own_are_read(mlp):
@@ -501,11 +516,8 @@ def test_a_table_that_is_made_once(mlp):
 
     model = Tabled(*mlp)
     run = ready(sw.per_sample_norms, model, squares, x := normal(N, 4))
-    run(x)
-    found, ran = runs_without_the_model(run, model, x)
-    # a forward of its own is another state
-    assert ran
-    equal(found, sw.per_sample_norms(model, squares, x))
+    equal(run(x), sw.per_sample_norms(model, squares, x))
+    assert next(iter(run._known.values())).sure
 
 
 def test_ordinary_gradients(mlp):

@@ -19,9 +19,27 @@ from .running import Watching, unrecorded
 _PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _DENSE = frozenset({Tensor, nn.Parameter, nn.Buffer})
 _MASKS = frozenset({torch.bool, torch.uint8})
+_READ = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001
 _INDEX = torch.ops.aten.index.Tensor
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _PLAINLY = torch._C._AutoDispatchBelowADInplaceOrView  # noqa: SLF001
+
+
+class Questions(NamedTuple):
+    """What the call asked of its batch alone, such as `if mask.all()`, and the answers that it got."""
+
+    ask: Callable[..., Sequence[Tensor]]
+    # tensors made of numbers of Python's
+    held: Sequence[Tensor]
+    answers: tuple[bool, ...]
+
+    def fit(self, given: Sequence[Tensor]) -> bool:
+        """Whether another batch gives the same answers."""
+        if not self.answers:
+            return True
+        with unrecorded():
+            found = self.ask(*given, *self.held)
+        return all(bool(x) is answer for x, answer in zip(found, self.answers, strict=True))
 
 
 class Trace(NamedTuple):
@@ -37,6 +55,7 @@ class Trace(NamedTuple):
     rebuild: Callable[[Sequence[Tensor]], Any]
     # whether it writes to memory that it did not make
     writes: bool
+    questions: Questions
 
     def __call__(self, given: Sequence[Tensor]) -> Any:
         """Run it with other values of the tensors that it was given."""
@@ -64,7 +83,8 @@ class Tracer(Watching):
     """Notes every op that runs, and refuses what would make another call take other steps.
 
     It keeps no tensor alive but those that were there before. A value *varies* if another call may find another one: that of tensors from
-    outside, and of what was made of them or at random. To read such a value is refused.
+    outside, and of what was made of them or at random. To read such a value is refused, but for a yes or no that is computed from the
+    batch alone: that is asked of every batch.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
@@ -85,8 +105,11 @@ class Tracer(Watching):
         # those whose shape an op changed in place
         self._turned = set[fx.Node]()
         self._writes = False
-        for x in given:
-            self._from_outside(x)
+        self._asked: dict[fx.Node, bool] = {}
+        # the memory of nodes, and what an op wrote to
+        self._cells: dict[fx.Node, int] = {}
+        self._written = set[int]()
+        self._given = [self._from_outside(x) for x in given]
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,6 +143,7 @@ class Tracer(Watching):
         leaves, spec = tree_flatten(out)
         results = {k: self._node(x) for k, x in enumerate(leaves) if isinstance(x, Tensor)}
         self._refuse_gradients()
+        questions = self._questions()
         self._graph.output(tuple(results.values()))
         self._drop_detached()
         self._graph.eliminate_dead_code(_must_run)
@@ -136,7 +160,8 @@ class Tracer(Watching):
             return tree_unflatten(whole, spec)
 
         module = fx.GraphModule(nn.Module(), self._graph)
-        return Trace(module.forward, _listing(self._graph), list(self._held.values()), literals, rebuild, self._writes)
+        held = list(self._held.values())
+        return Trace(module.forward, _listing(self._graph), held, literals, rebuild, self._writes, questions)
 
     def varies(self, x: Tensor) -> bool:
         """Whether another call may find another value there."""
@@ -185,7 +210,7 @@ class Tracer(Watching):
         with self._graph.inserting_after(last) if last is not None else self._graph.inserting_before():
             node = self._last_placeholder = self._graph.placeholder(f"given{next(self._count)}")
         self._nodes[x] = node
-        cells = _memory(x)
+        cells = self._cells[node] = _memory(x)
         self._varying.add(cells)
         self._outside.add(cells)
         if x.is_leaf and x.requires_grad:
@@ -212,13 +237,14 @@ class Tracer(Watching):
         cells = set(map(_memory, targets))
         self._writes = self._writes or not cells.isdisjoint(self._outside)
         self._varying |= cells if varies else set()
+        self._written |= cells
         if torch.Tag.inplace_view in func.tags:
             self._turned.update(map(self._node, targets))
 
     def _made(self, node: fx.Node, x: Tensor, *, varies: bool) -> None:
         if self._nodes.get(x) is None:
             self._nodes[x] = node
-        cells = _memory(x)
+        cells = self._cells[node] = _memory(x)
         if varies:
             self._varying.add(cells)
         else:
@@ -236,7 +262,9 @@ class Tracer(Watching):
 
     def _refuse_reading(self, func: Any, args: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
         """Refuse values that become Python's numbers, and shapes that depend on values."""
-        if torch.Tag.data_dependent_output in func.tags or func is torch.ops.aten.is_nonzero.default:
+        if func is _READ and tensors[0].dtype is torch.bool and self._ask(tensors[0]):
+            read: Sequence[Tensor] = []
+        elif torch.Tag.data_dependent_output in func.tags or func is torch.ops.aten.is_nonzero.default:
             read = tensors
         elif func is _INDEX:
             read = [x for x in args[1] if x is not None and x.dtype in _MASKS]
@@ -244,6 +272,27 @@ class Tracer(Watching):
             read = tensors if torch.Tag.dynamic_output_shape in func.tags else []
         for x in read:
             self.read(x, str(func))
+
+    def _ask(self, x: Tensor) -> bool:
+        """Whether a yes or no comes of the batch alone; it is to be asked again then."""
+        node = self._node(x)
+        made_of = _behind(node)
+        known = {*self._given, *self._literals}
+        alone = all(other in known if other.op == "placeholder" else not _must_run(other) for other in made_of)
+        if not alone or not self._written.isdisjoint(self._cells[other] for other in made_of if other in self._cells):
+            return False
+        if self.varies(x):
+            self._asked[node] = bool(x)
+        return True
+
+    def _questions(self) -> Questions:
+        needed = {other for node in self._asked for other in _behind(node)}
+        held, graph, copies = list[Tensor](), fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in [*self._given, *(node for node in self._graph.nodes if node in needed and node not in self._given)]:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            held += [self._held[node]] if node in self._held else []
+        graph.output(tuple(copies[node] for node in self._asked))
+        return Questions(fx.GraphModule(nn.Module(), graph).forward, held, tuple(self._asked.values()))
 
     def _refuse_reset(self, func: Any, tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
         """Refuse numbers that are drawn for a second time, as where a checkpoint draws its dropout again."""
@@ -314,6 +363,16 @@ def _listing(graph: fx.Graph) -> str:
 def _memory(x: Tensor) -> int:
     """Which memory a tensor is in, as far as that can be said."""
     return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)  # noqa: SLF001
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is made of."""
+    found, ahead = set[fx.Node](), [node]
+    while ahead:
+        if (one := ahead.pop()) not in found:
+            found.add(one)
+            ahead += one.all_input_nodes
+    return found
 
 
 def _must_run(node: fx.Node) -> bool:

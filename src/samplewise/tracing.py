@@ -5,7 +5,7 @@ import itertools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -48,10 +48,10 @@ def traced(quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunct
         A function of the batch: a tensor, or tuples, lists and dictionaries of tensors and numbers.
 
     Raises:
-        UnsupportedOpError: At a call that another batch might make otherwise: a value of the batch is read (`.item()`, `if` on a tensor,
-            boolean masks, packed sequences), two batches took different steps, the model changes an attribute while it runs, random
-            numbers are drawn twice (a checkpoint around dropout), or something outside of the model gets an ordinary gradient. Call
-            `quantity` itself then.
+        UnsupportedOpError: At a call that another batch might make otherwise: a value of the batch is read (`.item()`, boolean masks,
+            packed sequences), two batches took different steps, the model changes an attribute while it runs, random numbers are drawn
+            twice (a checkpoint around dropout), or something outside of the model gets an ordinary gradient. Call `quantity` itself
+            then. A yes or no that is computed from the batch alone, `if mask.all()`, is no obstacle: it is asked of every batch.
         TypeError: If a batch holds something else than tensors and plain values.
 
     Example:
@@ -71,9 +71,9 @@ class _Known:
 
     # what the state consists of: while it is held, nothing else has its identity
     state: list[object]
-    first: Trace | None = None
-    # where another trace was the same
-    sure: Trace | None = None
+    # one trace for each way that batches answer what is asked of them; and those of which a second one was the same
+    first: dict[tuple[bool, ...], Trace] = field(default_factory=dict)
+    sure: list[Trace] = field(default_factory=list)
 
 
 class Traced(Generic[Result]):
@@ -98,9 +98,10 @@ class Traced(Generic[Result]):
         if known is None:
             return self._record(batch, kind, tensors)
         self._known.move_to_end(key)
-        if known.sure is not None:
-            result: Result = known.sure(tensors)
-            return result
+        for trace in known.sure:
+            if trace.questions.fit(tensors):
+                result: Result = trace(tensors)
+                return result
         return self._trace(batch, tensors, known)
 
     def release(self) -> None:
@@ -126,17 +127,17 @@ class Traced(Generic[Result]):
         torch.clear_autocast_cache()
         trace = tracer.result(result)
         self._refuse_changes(known.state)
-        if known.first is None:
-            known.first = trace
-            return result
-        step = known.first.differs(trace)
+        first = known.first.pop(trace.questions.answers, None)
+        step = None if first is None else first.differs(trace)
         if step is not None:
-            known.first = None
             raise UnsupportedOpError(
                 f"traced: two batches of one kind took different steps: {step}. The model or the loss decides by something that is neither "
                 "in the shapes of the batch nor in the model. Call the function itself, which records each batch."
             )
-        known.first, known.sure = None, trace
+        if first is None:
+            known.first = {**dict(list(known.first.items())[-_MOST:]), trace.questions.answers: trace}
+        else:
+            known.sure = [*known.sure, trace][-_MOST:]
         return result
 
     def _state(self) -> list[object]:
