@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import pickle
+import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -378,6 +379,12 @@ def thrice(losses, n=N):
     run = sw.traced(sw.per_sample_norms, linear(), lambda m, b: losses(m, b, next(count)))
     for _ in range(3):
         run(x(n, D))
+
+
+def again(quantity):
+    run = sw.traced(quantity, linear(), squares)
+    for _ in range(3):
+        run(x())
 
 
 def counted():
@@ -1124,7 +1131,7 @@ CASES: dict[str, Case] = {
         "Call the function itself",
     ),
     "tracing.Traced._refuse_changes: an attribute": Case(
-        counted, "^traced: ", "'calls' changed in the call", "Call the function itself"
+        counted, "^traced: ", r"changed in the call \(to int\)", "Call the function itself"
     ),
     "tracer.Tracer.read: a value": Case(
         lambda: thrice(lambda m, b, _: squares(m, b) * b.max().item()),
@@ -1150,7 +1157,7 @@ CASES: dict[str, Case] = {
         r"shape \(\) was computed before",
         "Detach it",
     ),
-    "tracer.Tracer._refuse_reset: a checkpoint": Case(
+    "tracer.Tracer._refuse_moved: a checkpoint": Case(
         lambda: thrice(lambda m, b, _: checkpoint(F.dropout, m(b), use_reentrant=False).square().sum(1)),
         "^traced: ",
         "draws random numbers after the generator was set",
@@ -1159,11 +1166,23 @@ CASES: dict[str, Case] = {
     "tracer.Tracer._refuse_gradients: a leaf": Case(
         lambda: thrice(lambda m, b, _: squares(m, b) * LEAF),
         "^traced: ",
-        "an ordinary gradient to a tensor of shape",
+        "the `.grad` of a tensor of shape",
         "require no grad",
     ),
     "tracer.Reading.__torch_function__: other memory": Case(
-        lambda: thrice(lambda m, b, _: squares(m, b) + set_aside(b)), "^traced: `.data = ...`", "other memory", "copy_"
+        lambda: thrice(lambda m, b, _: squares(m, b) + set_aside(b)), "^traced: `.data = ...`", "where no op is", "copy_"
+    ),
+    "tracer.Tracer._refuse_moved_generators: numbers of Python's": Case(
+        lambda: thrice(lambda m, b, _: squares(m, b) * random.random()),
+        "^traced: ",
+        "random numbers of Python's",
+        "default generator",
+    ),
+    "tracer.Tracer._refuse_result: a graph": Case(
+        lambda: again(lambda m, losses, b: m(b)), "^traced: ", r"a result of shape \(3, 2\) has a graph", "Detach it"
+    ),
+    "tracer.Tracer._refuse_result: an object": Case(
+        lambda: again(lambda m, losses, b: object()), "^traced: ", "hold a object", "tensors and numbers"
     ),
     "verification._batch_size: no tensors": Case(
         lambda: sw.verify(linear(), squares, [3.0]), "^verify: ", "none", "at least one tensor with samples", kind=ValueError

@@ -1,14 +1,17 @@
 """The ops of one call, noted in their order, as a graph that runs them again: what a recording came to, without the recording."""
 
+import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+import random
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from .axes import swapped, tensors_in
 from .errors import UnsupportedOpError
@@ -21,6 +24,10 @@ _DENSE = frozenset({Tensor, nn.Parameter, nn.Buffer})
 _MASKS = frozenset({torch.bool, torch.uint8})
 _READ = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001
 _INDEX = torch.ops.aten.index.Tensor
+# Their running statistics are written to in training, which their schema does not say.
+_RUNNING = frozenset(
+    getattr(torch.ops.aten, name).default for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+)
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _PLAINLY = torch._C._AutoDispatchBelowADInplaceOrView  # noqa: SLF001
 
@@ -52,18 +59,24 @@ class Trace(NamedTuple):
     held: Sequence[Tensor]
     # which of them it made itself, of Python's numbers
     literals: frozenset[int]
-    rebuild: Callable[[Sequence[Tensor]], Any]
+    # how the results are put together, of tensors and of what is no tensor
+    spec: TreeSpec
+    rest: Mapping[int, Any]
     # whether it writes to memory that it did not make
     writes: bool
     questions: Questions
+    layouts: Sequence[Hashable]
+
+    def fits(self, given: Sequence[Tensor]) -> bool:
+        """Whether it holds for a batch: what it holds is as it was, and the batch answers as the one that was traced."""
+        return list(map(layout, self.held)) == self.layouts and self.questions.fit(given)
 
     def __call__(self, given: Sequence[Tensor]) -> Any:
         """Run it with other values of the tensors that it was given."""
-        with unrecorded():
-            if self.writes:
-                return self.rebuild(self.run(*given, *self.held))
-            with _PLAINLY():
-                return self.rebuild(self.run(*given, *self.held))
+        with unrecorded(), contextlib.nullcontext() if self.writes else _PLAINLY():
+            tensors = iter(self.run(*given, *self.held))
+        leaves = [self.rest[k] if k in self.rest else next(tensors) for k in range(self.spec.num_leaves)]
+        return tree_unflatten(leaves, self.spec)
 
     def differs(self, other: "Trace") -> str | None:
         """A step in which another trace is not this one; None where there is none."""
@@ -74,9 +87,10 @@ class Trace(NamedTuple):
         for k, (a, b) in enumerate(zip(self.held, other.held, strict=True)):
             if k not in self.literals and a is not b:
                 return f"a tensor of shape {tuple(b.shape)} made outside was another one"
-            if k in self.literals and not (a.dtype == b.dtype and torch.equal(a, b)):
+            if k in self.literals and not _same(a, b):
                 return f"a tensor of shape {tuple(b.shape)} made of numbers had other values"
-        return None
+        alike = self.spec == other.spec and self.rest == other.rest
+        return None if alike else "the results were others beside their tensors"
 
 
 class Tracer(Watching):
@@ -87,10 +101,14 @@ class Tracer(Watching):
     batch alone: that is asked of every batch.
     """
 
-    def __init__(self, given: Sequence[Tensor]) -> None:
+    def __init__(self, given: Sequence[Tensor], known: Sequence[Tensor] = ()) -> None:
+        """`known`: tensors that are held elsewhere, so that others in their place would be noticed."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._known = known
         self._graph = fx.Graph()
         self._nodes: Notes[fx.Node] = Notes()
+        # made of Python's numbers, and not used yet
+        self._fresh: Notes[bool] = Notes()
         self._last_placeholder: fx.Node | None = None
         self._varying = set[int]()
         self._outside = set[int]()
@@ -99,9 +117,10 @@ class Tracer(Watching):
         self._held: dict[fx.Node, Tensor] = {}
         self._literals = set[fx.Node]()
         # leaves that a backward might give a gradient, with what they had
-        self._leaves: list[tuple[Tensor, Tensor | None, int]] = []
-        # the state in which the last random op left the generator of a device
-        self._drawn: dict[torch.device, Tensor] = {}
+        self._leaves: list[tuple[Tensor, Tensor | None]] = []
+        # the states in which the last random op left the generators of devices, and those of Python and numpy
+        self._drawn = {device: _generator(device).get_state() for device in {torch.device("cpu"), *(x.device for x in given)}}
+        self._elsewhere = _states_elsewhere()
         # those whose shape an op changed in place
         self._turned = set[fx.Node]()
         self._writes = False
@@ -118,7 +137,10 @@ class Tracer(Watching):
         # function modes, the recording among them, have seen the call that led here
         with torch._C.DisableTorchFunction():  # noqa: SLF001
             if func is torch.ops.aten.lift_fresh.default:
-                return self._literal(args[0])
+                self._fresh[args[0]] = True
+                return args[0]
+            if func.namespace == "profiler":
+                return func(*args, **(kwargs or {}))
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,38 +156,36 @@ class Tracer(Watching):
         if random:
             self._note_draw(tensors, kwargs)
         self._note(node, out, varies=varies)
-        if func._schema.is_mutable:  # noqa: SLF001
+        if func._schema.is_mutable or func in _RUNNING:  # noqa: SLF001
             self._note_writes(func, args, kwargs, varies=varies)
         return out
 
     def result(self, out: Any) -> Trace:
         """What ran, with the tensors in `out` as its results."""
         leaves, spec = tree_flatten(out)
-        results = {k: self._node(x) for k, x in enumerate(leaves) if isinstance(x, Tensor)}
+        for x in leaves:
+            self._refuse_result(x)
+        results = [self._node(x) for x in leaves if isinstance(x, Tensor)]
         self._refuse_gradients()
+        self._refuse_moved_generators()
         questions = self._questions()
-        self._graph.output(tuple(results.values()))
+        self._graph.output(tuple(results))
         self._drop_detached()
         self._graph.eliminate_dead_code(_must_run)
         for node in [node for node in self._held if not node.users]:
             del self._held[node]
             self._graph.erase_node(node)
         literals = frozenset(k for k, node in enumerate(self._held) if node in self._literals)
-        rest = [None if k in results else x for k, x in enumerate(leaves)]
-
-        def rebuild(tensors: Sequence[Tensor]) -> Any:
-            whole = rest.copy()
-            for k, x in zip(results, tensors, strict=True):
-                whole[k] = x
-            return tree_unflatten(whole, spec)
-
+        rest = {k: x for k, x in enumerate(leaves) if not isinstance(x, Tensor)}
         module = fx.GraphModule(nn.Module(), self._graph)
-        held = list(self._held.values())
-        return Trace(module.forward, _listing(self._graph), held, literals, rebuild, self._writes, questions)
+        held, code = list(self._held.values()), _listing(self._graph)
+        return Trace(module.forward, code, held, literals, spec, rest, self._writes, questions, list(map(layout, held)))
 
     def varies(self, x: Tensor) -> bool:
         """Whether another call may find another value there."""
-        return self._nodes.get(x) is None or _memory(x) in self._varying
+        if self._nodes.get(x) is None:
+            return self._fresh.get(x) is None
+        return _memory(x) in self._varying
 
     def read(self, x: Tensor, how: str) -> None:
         """Refuse to read a value that varies."""
@@ -187,8 +207,8 @@ class Tracer(Watching):
             return True
         if not isinstance(x, _PLAIN):
             raise UnsupportedOpError(
-                f"traced: {func} takes a {type(x).__name__}, whose state a trace cannot repeat. Draw random numbers by torch's default "
-                "generator, or call the function itself, which records each batch."
+                f"traced: {func} takes a {type(x).__name__}, whose state a trace cannot repeat. Call the function itself, which records "
+                "each batch" + (", or draw by torch's default generator." if isinstance(x, torch.Generator) else ".")
             )
         return False
 
@@ -196,8 +216,12 @@ class Tracer(Watching):
         """The node of a tensor, which is from outside if it has none yet."""
         node = self._nodes.get(x)
         if node is None:
-            node = self._from_outside(x)
-            self._held[node] = x
+            node = self._literal(x) if self._fresh.get(x) else self._hold(x)
+        return node
+
+    def _hold(self, x: Tensor) -> fx.Node:
+        node = self._from_outside(x)
+        self._held[node] = x
         return node
 
     def _from_outside(self, x: Tensor) -> fx.Node:
@@ -214,7 +238,7 @@ class Tracer(Watching):
         self._varying.add(cells)
         self._outside.add(cells)
         if x.is_leaf and x.requires_grad:
-            self._leaves.append((x, x.grad, -1 if x.grad is None else x.grad._version))  # noqa: SLF001
+            self._leaves.append((x, x.grad))
         return node
 
     def _note(self, node: fx.Node, out: Any, *, varies: bool) -> None:
@@ -233,6 +257,8 @@ class Tracer(Watching):
             for place, argument in enumerate(func._schema.arguments)  # noqa: SLF001
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
+        if func in _RUNNING and args[5]:
+            written = list(args[3:5])
         targets = tensors_in(written)
         cells = set(map(_memory, targets))
         self._writes = self._writes or not cells.isdisjoint(self._outside)
@@ -251,12 +277,13 @@ class Tracer(Watching):
             # of memory that something else had before
             self._varying.discard(cells)
 
-    def _literal(self, x: Tensor) -> Tensor:
-        """A tensor that was made of Python's numbers: a copy of it in every run."""
-        kept = self._node(x.clone())
+    def _literal(self, x: Tensor) -> fx.Node:
+        """A tensor that was made of Python's numbers: a copy of it in every run. Until it is used, Python may write to it."""
+        kept = self._hold(x.clone())
         self._literals.add(kept)
-        self._made(self._graph.call_function(torch.ops.aten.clone.default, (kept,)), x, varies=False)
-        return x
+        node = self._graph.call_function(torch.ops.aten.clone.default, (kept,))
+        self._made(node, x, varies=False)
+        return node
 
     # --- what another call might do otherwise -------------------------------------------------------------------------------
 
@@ -296,12 +323,37 @@ class Tracer(Watching):
 
     def _refuse_reset(self, func: Any, tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
         """Refuse numbers that are drawn for a second time, as where a checkpoint draws its dropout again."""
-        device = _device_of(tensors, kwargs.get("device"))
+        self._refuse_moved(_device_of(tensors, kwargs.get("device")), f"{func} draws random numbers after")
+
+    def _refuse_moved(self, device: torch.device, what: str) -> None:
         before = self._drawn.get(device)
         if before is not None and not torch.equal(before, _generator(device).get_state()):
             raise UnsupportedOpError(
-                f"traced: {func} draws random numbers after the generator was set (by a checkpoint that draws its dropout again, or "
-                "`fork_rng`), which a trace would leave out. Call the function itself, which records each batch."
+                f"traced: {what} the generator was set (by `manual_seed`, `fork_rng`, or a checkpoint that draws its dropout again), which "
+                "a trace would leave out. Call the function itself, which records each batch."
+            )
+
+    def _refuse_moved_generators(self) -> None:
+        """Refuse random numbers that no op drew."""
+        for device in self._drawn:
+            self._refuse_moved(device, "the call ended after")
+        if _states_elsewhere() != self._elsewhere:
+            raise UnsupportedOpError(
+                "traced: random numbers of Python's or numpy's were drawn, which a trace would not draw again. Draw them by torch's "
+                "default generator, or call the function itself, which records each batch."
+            )
+
+    def _refuse_result(self, x: object) -> None:
+        """Refuse what a trace cannot give: a graph, or an object that it cannot see into."""
+        if isinstance(x, Tensor) and x.grad_fn is not None:
+            raise UnsupportedOpError(
+                f"traced: a result of shape {tuple(x.shape)} has a graph, which a trace does not build. Detach it, or call the function "
+                "itself, which records each batch."
+            )
+        if not isinstance(x, (Tensor, *_PLAIN)):
+            raise UnsupportedOpError(
+                f"traced: the results hold a {type(x).__name__}, which a trace cannot see into. Give tensors and numbers, in tuples, lists "
+                "and dictionaries."
             )
 
     def _note_draw(self, tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
@@ -309,18 +361,22 @@ class Tracer(Watching):
         self._drawn[device] = _generator(device).get_state()
 
     def _refuse_gradients(self) -> None:
-        """Refuse gradients that the backward accumulated beside the rows, which a trace would leave out."""
-        for x, grad, version in self._leaves:
-            if x.grad is not grad or (grad is not None and grad._version != version):  # noqa: SLF001
+        """Refuse gradients that the backward accumulated beside the rows: the next one may be in other memory, or in none yet."""
+        held = {id(x) for x in self._held.values()} - {id(x) for x in self._known}
+        others = [(x, x.grad) for x in self._known if x.is_leaf]
+        for x, grad in self._leaves + others:
+            if x.grad is not grad or id(grad) in held:
                 raise UnsupportedOpError(
-                    f"traced: the backward gives an ordinary gradient to a tensor of shape {tuple(x.shape)} that is no parameter of the "
-                    "model, which a trace would leave out. Let it require no grad, or hold it in the model."
+                    f"traced: the call accumulates or reads the `.grad` of a tensor of shape {tuple(x.shape)}, which may be another one "
+                    "at the next. If it is no parameter of the model, let it require no grad; or call the function itself, which records "
+                    "each batch."
                 )
 
     def _drop_detached(self) -> None:
         """Without autograd a detached tensor is the tensor."""
         for node in [node for node in self._graph.nodes if node.target in _SAME]:
-            if self._turned.isdisjoint((node, node.args[0])):
+            shown = any(user.op == "output" for user in node.users)
+            if not shown and self._turned.isdisjoint((node, node.args[0])):
                 node.replace_all_uses_with(node.args[0])
                 self._graph.erase_node(node)
 
@@ -336,17 +392,34 @@ class Reading(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a call."""
-        if func in _LEAVES_TORCH:
-            self._tracer.read(args[0], func.__name__)
-        if getattr(func, "__name__", "") == "__set__" and func.__self__.__name__ in _NOT_SET:
+        name = getattr(func, "__name__", "")
+        for x in _read_by(name, args):
+            self._tracer.read(x, name)
+        if name in _ASIDE or (name == "__set__" and func.__self__.__name__ in _NOT_SET):
+            what = f".{func.__self__.__name__} = ..." if name == "__set__" else name
             raise UnsupportedOpError(
-                f"traced: `.{func.__self__.__name__} = ...` gives a tensor of shape {tuple(args[0].shape)} other memory, which no op does "
-                "and a trace would leave out. Write into it (`copy_`), or call the function itself, which records each batch."
+                f"traced: `{what}` takes a tensor of shape {tuple(args[0].shape)} where no op is, and a trace would leave out what comes "
+                "of it. Use torch's ops (`copy_`), or call the function itself, which records each batch."
             )
         return func(*args, **(kwargs or {}))
 
 
-_LEAVES_TORCH = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__})
+def _read_by(name: str, args: tuple[Any, ...]) -> list[Tensor]:
+    """Tensors whose values a call reads where no op runs."""
+    if name in _NUMBERS:
+        return tensors_in(args[:1])
+    if name in _FROM_NUMBERS:
+        return tensors_in([x for x in args if not isinstance(x, Tensor)])
+    if name in {"__getitem__", "__setitem__"} and isinstance(args[1], list | tuple):
+        inner = args[1] if isinstance(args[1], tuple) else [args[1]]
+        return tensors_in([x for x in inner if isinstance(x, list | tuple)])
+    return tensors_in(args[1:2]) if name == "tensor_split" else []
+
+
+# Functions that make numbers of Python's of a tensor; that make a tensor of numbers; that hand its memory on.
+_NUMBERS = frozenset({"tolist", "__index__", "__int__", "__float__", "__complex__"})
+_FROM_NUMBERS = frozenset({"tensor", "as_tensor", "asarray", "new_tensor", "new"})
+_ASIDE = frozenset({"numpy", "__array__", "__dlpack__", "apply_", "map_", "map2_"})
 _NOT_SET = frozenset({"data", "grad"})
 
 
@@ -358,6 +431,23 @@ def _listing(graph: fx.Graph) -> str:
         return fx.node.map_arg(value, lambda node: f"%{numbers[node]}")
 
     return "\n".join(f"%{k} = {node.target}({named(node.args)}, {named(node.kwargs)})" for node, k in numbers.items())
+
+
+def layout(x: Tensor) -> Hashable:
+    """All of a tensor but its values that the steps may depend on."""
+    hooked = bool(x._backward_hooks)  # noqa: SLF001
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg(), hooked
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  (not a number)
+
+
+def _states_elsewhere() -> list[object]:
+    """The states of Python's generator, and of numpy's where it is loaded."""
+    numpy = sys.modules.get("numpy")
+    kind, keys, *rest = numpy.random.get_state() if numpy is not None else (None, b"")
+    return [random.getstate(), kind, bytes(keys), rest]
 
 
 def _memory(x: Tensor) -> int:
@@ -381,7 +471,8 @@ def _must_run(node: fx.Node) -> bool:
         return True
     tags = getattr(node.target, "tags", ())
     schema = getattr(node.target, "_schema", None)
-    return torch.Tag.nondeterministic_seeded in tags or (schema is not None and schema.is_mutable)
+    checks = schema is not None and (schema.is_mutable or not schema.returns)
+    return checks or torch.Tag.nondeterministic_seeded in tags or node.target in _RUNNING
 
 
 def _device_of(tensors: Sequence[Tensor], given: Any) -> torch.device:

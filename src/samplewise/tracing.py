@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,13 +9,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from .attaching import children_of
 from .errors import UnsupportedOpError, of_type
 from .running import in_transform, modes
 from .streaming import Batch, LossFunction
-from .tracer import Reading, Trace, Tracer
+from .surroundings import Surroundings
+from .tracer import Reading, Trace, Tracer, layout
 
 Result = TypeVar("Result")
 # What the key of a batch may hold as it is.
@@ -62,7 +63,7 @@ def traced(quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunct
         torch.Size([4])
     """
     of_type("traced", model, "a model", nn.Module)
-    return Traced(functools.partial(quantity, model, loss_fn, **options), model, (quantity, loss_fn, *options.values()))
+    return Traced(functools.partial(quantity, model, loss_fn, **options))
 
 
 @dataclass
@@ -79,13 +80,9 @@ class _Known:
 class Traced(Generic[Result]):
     """A quantity of one batch after another. Made by `traced`."""
 
-    def __init__(self, run: Callable[..., Result], model: nn.Module, outside: Iterable[object]) -> None:
-        self._run, self._model, self._outside = run, model, list(outside)
+    def __init__(self, run: functools.partial[Result]) -> None:
+        self._run, self._around = run, Surroundings(run.func, *run.args, run.keywords)
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
-        self._modules: list[nn.Module] = []
-        self._children: list[int] = []
-        # of the last state: the objects by id, and which of them are tensors
-        self._held: tuple[tuple[int, ...], list[Tensor]] = ((), [])
 
     def __call__(self, batch: Batch) -> Result:
         """The quantity of a batch."""
@@ -93,13 +90,13 @@ class Traced(Generic[Result]):
             return self._run(batch)
         tensors: list[Tensor] = []
         kind = _kind_of(batch, tensors)
-        key = self._key(kind, tensors, self._state())
+        key = self._key(kind, tensors)
         known = self._known.get(key)
         if known is None:
             return self._record(batch, kind, tensors)
         self._known.move_to_end(key)
         for trace in known.sure:
-            if trace.questions.fit(tensors):
+            if trace.fits(tensors):
                 result: Result = trace(tensors)
                 return result
         return self._trace(batch, tensors, known)
@@ -107,19 +104,26 @@ class Traced(Generic[Result]):
     def release(self) -> None:
         """Forget all traces, with the tensors that they hold: parameters, buffers and the like."""
         self._known.clear()
-        self._modules, self._held = [], ((), [])
+        self._around.release()
+
+    def _key(self, kind: Hashable, tensors: Iterable[Tensor]) -> Hashable:
+        """All that decides which steps are taken."""
+        same, held = self._around.now()
+        casts = [torch.is_autocast_enabled(x) and torch.get_autocast_dtype(x) for x in _AUTOCAST]
+        how = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), *casts)
+        return kind, tuple(map(layout, tensors)), same, tuple(map(layout, held)), how
 
     def _record(self, batch: Batch, kind: Hashable, tensors: list[Tensor]) -> Result:
         """The first of its kind, in which everything is made that is made once: rates, tables that the model keeps."""
-        result, state = self._run(batch), self._state()
-        self._known.setdefault(self._key(kind, tensors, state), _Known(state))
+        result = self._run(batch)
+        self._known.setdefault(self._key(kind, tensors), _Known(self._around.state()))
         if len(self._known) > _MOST:
             self._known.popitem(last=False)
         return result
 
     def _trace(self, batch: Batch, tensors: list[Tensor], known: _Known) -> Result:
         """The second and the third, of which traces are made."""
-        tracer = Tracer(tensors)
+        tracer = Tracer(tensors, self._around.now()[1])
         # of weights that were cast before, which would stay as they are
         torch.clear_autocast_cache()
         with Reading(tracer), tracer:
@@ -140,47 +144,20 @@ class Traced(Generic[Result]):
             known.sure = [*known.sure, trace][-_MOST:]
         return result
 
-    def _state(self) -> list[object]:
-        """The objects that decide what the model and the losses do, as far as they can be seen."""
-        if not self._modules or children_of(self._modules) != self._children:
-            self._modules = list(self._model.modules())
-            self._children = children_of(self._modules)
-        state: list[object] = []
-        for held in self._tables():
-            state += held.values()
-        return state
-
-    def _tables(self) -> list[Mapping[Any, object]]:
-        tables = [held for module in self._modules for held in _tables_of(module)]
-        return tables + [held for function in self._outside for held in _used_by(function)]
-
-    def _key(self, kind: Hashable, tensors: Iterable[Tensor], state: list[object]) -> Hashable:
-        """All that decides which steps are taken."""
-        same = tuple(map(id, state))
-        if same != self._held[0]:
-            self._held = same, [x for x in state if isinstance(x, Tensor)]
-        casts = [torch.is_autocast_enabled(x) and torch.get_autocast_dtype(x) for x in _AUTOCAST]
-        how = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), *casts)
-        return kind, tuple(map(_layout, tensors)), same, tuple(map(_layout, self._held[1])), how
-
     def _refuse_changes(self, before: list[object]) -> None:
         """Refuse a model that changes while it runs, which a trace would leave out."""
-        after = self._state()
-        changed = [k for k, (a, b) in enumerate(itertools.zip_longest(after, before)) if a is not b]
-        if changed:
-            names = [key for held in self._tables() for key in held]
-            name = names[min(changed[0], len(names) - 1)]
-            raise UnsupportedOpError(
-                f"traced: '{name}' changed in the call, an attribute or a hook of the model or something that the loss uses, which a trace "
-                "would leave out. Call the function itself, which records each batch."
-            )
+        after = self._around.state()
+        if after is before or (len(after) == len(before) and all(a is b for a, b in zip(after, before, strict=True))):
+            return
+        place = next(k for k, (a, b) in enumerate(itertools.zip_longest(after, before)) if a is not b)
+        found = type(after[place]).__name__ if place < len(after) else "nothing"
+        raise UnsupportedOpError(
+            f"traced: an attribute or a hook of the model, or something else that it or the losses use, changed in the call (to {found}), "
+            "which a trace would leave out. Call the function itself, which records each batch."
+        )
 
 
 _AUTOCAST = ("cpu", "cuda")
-
-
-def _layout(x: Tensor) -> Hashable:
-    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, not x._backward_hooks  # noqa: SLF001
 
 
 def _kind_of(value: object, tensors: list[Tensor]) -> Hashable:
@@ -191,52 +168,22 @@ def _kind_of(value: object, tensors: list[Tensor]) -> Hashable:
             tensors.append(value)
         return type(value), place
     if isinstance(value, Mapping):
-        return type(value), *((key, _kind_of(item, tensors)) for key, item in value.items())
-    if isinstance(value, tuple | list):
+        own = [(key, x) for key, x in getattr(value, "__dict__", {}).items() if type(x) in _PLAIN]
+        return type(value), *own, *((key, _kind_of(item, tensors)) for key, item in value.items())
+    if isinstance(value, tuple | list) and not getattr(value, "__dict__", None):
         return type(value), *(_kind_of(item, tensors) for item in value)
     if type(value) in _PLAIN:
-        return type(value), value
+        # as it is written: zero has two signs
+        return type(value), repr(value)
     raise TypeError(
         f"traced: a batch is made of dense tensors and plain values, in tuples, lists and dictionaries, got a {type(value).__name__}. "
         "Give its tensors by themselves, or call the function itself, which records each batch."
     )
 
 
-def _tables_of(module: nn.Module) -> Iterable[Mapping[Any, object]]:
-    """What a module is and holds."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)  # noqa: SLF001
-    return vars(module), module._parameters, module._buffers, module._modules, *hooks  # noqa: SLF001
-
-
-def _used_by(function: object) -> Iterable[Mapping[Any, object]]:
-    """What a function takes from outside: variables around it and globals, defaults, the object that it is a method of."""
-    if isinstance(function, nn.Module):
-        return [held for module in function.modules() for held in _tables_of(module)]
-    if isinstance(function, functools.partial):
-        given = dict(enumerate(function.args))
-        return [given, function.keywords, *_used_by(function.func)]
-    if isinstance(function, types.MethodType):
-        return [*_used_by(function.__self__), *_used_by(function.__func__)]
-    if not isinstance(function, types.FunctionType):
-        return [vars(function)] if hasattr(function, "__dict__") else []
-    names, code = function.__globals__, function.__code__
-    cells = {
-        name: cell.cell_contents
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
-        if _is_filled(cell)
-    }
-    used = {name: names[name] for name in code.co_names if name in names}
-    return [cells, used, dict(enumerate(function.__defaults__ or ())), function.__kwdefaults__ or {}]
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
 def _observed() -> bool:
     """Whether more is going on here than a call: a recording, a trace, a transform, a compiler."""
     inside = torch._C._len_torch_dispatch_stack() or in_transform() or torch.compiler.is_compiling()  # noqa: SLF001
-    return bool(inside) or torch.is_inference_mode_enabled() or not all(isinstance(mode, DeviceContext) for mode in modes())
+    hooked = _has_any_global_hook() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # noqa: FBT003, SLF001
+    checked = torch.is_anomaly_enabled() or torch.is_inference_mode_enabled() or forward_ad._current_level >= 0  # noqa: SLF001
+    return bool(inside) or hooked or checked or not all(isinstance(mode, DeviceContext) for mode in modes())
