@@ -29,6 +29,9 @@ _PLAIN = (
     types.CodeType,
 )
 _EMPTY = object()
+# between tables: what moves from the end of one to the beginning of the next is somewhere else
+_END = (_EMPTY,)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Surroundings:
@@ -84,7 +87,10 @@ def _tables(roots: Iterable[object]) -> list[Iterable[object]]:
         if id(one) in seen:
             continue
         seen.add(id(one))
-        modules += [one] if isinstance(one, nn.Module) else []
+        if isinstance(one, nn.Module):
+            modules.append(one)
+            # what counts of its own tables is among those below
+            seen.update(id(table) for name, table in vars(one).items() if name in _OF_EVERY_MODULE)
         for table in _tables_of(one):
             found.append(table)
             ahead += [x for x in table if not isinstance(x, _PLAIN)]
@@ -96,8 +102,8 @@ def _tables_of(one: object) -> list[Iterable[object]]:
     if isinstance(one, nn.Module):
         named = (one._parameters, one._modules)  # noqa: SLF001
         hooks = (one._forward_hooks, one._forward_pre_hooks, one._backward_hooks, one._backward_pre_hooks)  # noqa: SLF001
-        others = (vars(one), one._buffers, *hooks)  # noqa: SLF001
-        return [*(view for table in named for view in _entries(table)), *(table.values() for table in others)]
+        others = (one._buffers, vars(one), *hooks)  # noqa: SLF001
+        return [*(view for table in named for view in _entries(table)), *(view for x in others for view in (x.values(), _END))]
     if isinstance(one, type):
         return [] if _is_installed(one.__module__) else [_Live(lambda: tuple(vars(one).values()))]
     if isinstance(one, types.FunctionType):

@@ -65,11 +65,13 @@ class Trace(NamedTuple):
     # whether it writes to memory that it did not make
     writes: bool
     questions: Questions
+    # what it holds that nobody else looks after, and its layouts
+    loose: Sequence[Tensor]
     layouts: Sequence[Hashable]
 
     def fits(self, given: Sequence[Tensor]) -> bool:
         """Whether it holds for a batch: what it holds is as it was, and the batch answers as the one that was traced."""
-        return list(map(layout, self.held)) == self.layouts and self.questions.fit(given)
+        return list(map(layout, self.loose)) == self.layouts and self.questions.fit(given)
 
     def __call__(self, given: Sequence[Tensor]) -> Any:
         """Run it with other values of the tensors that it was given."""
@@ -179,7 +181,9 @@ class Tracer(Watching):
         rest = {k: x for k, x in enumerate(leaves) if not isinstance(x, Tensor)}
         module = fx.GraphModule(nn.Module(), self._graph)
         held, code = list(self._held.values()), _listing(self._graph)
-        return Trace(module.forward, code, held, literals, spec, rest, self._writes, questions, list(map(layout, held)))
+        known = {id(x) for x in self._known}
+        loose = [x for x in held if id(x) not in known]
+        return Trace(module.forward, code, held, literals, spec, rest, self._writes, questions, loose, list(map(layout, loose)))
 
     def varies(self, x: Tensor) -> bool:
         """Whether another call may find another value there."""
