@@ -15,7 +15,7 @@ import torch
 from fuzzing import __main__ as command
 from fuzzing import judge as judging
 from fuzzing.judge import judge
-from fuzzing.network import OPS, Case
+from fuzzing.network import OPS, TRACED, Case
 from fuzzing.search import PLAIN_STEPS, TRAPS, alone, draw, replayed, shown
 
 PARTS = 4
@@ -126,6 +126,21 @@ def test_programs_are_exact_or_refused(part):
     exact, refused = counts["exact", False], counts["refused", False]
     assert refused <= 0.1 * (exact + refused)
     assert counts["refused", True] > 0
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_traced_programs_are_exact_or_refused(part):
+    """A trace that was made of other data gives what the loop gives."""
+    counts, bad = Counter(), []
+    for index in range(part * PROGRAMS // (3 * PARTS), (part + 1) * PROGRAMS // (3 * PARTS)):
+        case = draw(1, index).but(how=TRACED, wants=False)
+        verdict = judge(case)
+        counts[verdict.kind, verdict.harmful] += 1
+        bad += [f"{verdict.kind}, {verdict.said}: {shown(case)}"] * verdict.bad
+    assert not bad, "\n".join(bad)
+    exact, refused = counts["exact", False], counts["refused", False]
+    # what reads a value of the batch
+    assert refused <= 0.35 * (exact + refused)
 
 
 def test_every_step_is_drawn():

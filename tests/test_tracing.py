@@ -814,6 +814,24 @@ def test_what_the_losses_use(mlp, case):
         equal(found, sw.per_sample_norms(mlp, losses, batch_like(x, seed)))
 
 
+def test_a_number_that_changes_at_every_step(mlp):
+    """Right, and no faster, which is said."""
+    factor, x = 0.0, normal(N, 4)
+    losses = lambda model, batch: squares(model, batch) * factor
+    run = sw.traced(sw.per_sample_norms, mlp, losses)
+
+    def step(number):
+        nonlocal factor
+        factor = number / 100
+        equal(run(x), sw.per_sample_norms(mlp, losses, x))
+
+    for number in range(49):
+        step(number)
+    with pytest.warns(UserWarning, match=r"^traced: 50 calls in a row .* so each was recorded"):
+        step(49)
+    step(50)
+
+
 def test_two_flags_of_which_one_is_none(mlp):
     first, second = None, True
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ Result = TypeVar("Result")
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device})
 # Kinds of batches, and states of the model, whose traces are kept.
 _MOST = 8
+# Calls in a row that are recorded without a word.
+_VAIN = 50
 
 
 def traced(quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunction, **options: Any) -> "Traced[Result]":
@@ -83,6 +86,8 @@ class Traced(Generic[Result]):
     def __init__(self, run: functools.partial[Result]) -> None:
         self._run, self._around = run, Surroundings(run.func, *run.args, run.keywords)
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
+        # calls in a row of which none was like one before
+        self._in_vain = 0
 
     def __call__(self, batch: Batch) -> Result:
         """The quantity of a batch."""
@@ -94,6 +99,7 @@ class Traced(Generic[Result]):
         known = self._known.get(key)
         if known is None:
             return self._record(batch, kind, tensors)
+        self._in_vain = 0
         self._known.move_to_end(key)
         for trace in known.sure:
             if trace.fits(tensors):
@@ -115,6 +121,13 @@ class Traced(Generic[Result]):
 
     def _record(self, batch: Batch, kind: Hashable, tensors: list[Tensor]) -> Result:
         """The first of its kind, in which everything is made that is made once: rates, tables that the model keeps."""
+        self._in_vain += 1
+        if self._in_vain == _VAIN:
+            warnings.warn(
+                f"traced: {_VAIN} calls in a row were of kinds that had not been seen, or found something else that the model or losses "
+                "use (a number that changes from step to step, perhaps: a tensor that is written to would do), so each was recorded.",
+                stacklevel=3,
+            )
         result = self._run(batch)
         self._known.setdefault(self._key(kind, tensors), _Known(self._around.state()))
         if len(self._known) > _MOST:

@@ -220,17 +220,25 @@ def _recorded(net, case, x):
     return _consistent(net, rec, rows, _tolerance(net, case)) or rows, grad
 
 
+class Hidden:
+    """What no trace looks into."""
+
+    __slots__ = ("net",)
+
+    def __init__(self, net):
+        self.net = net
+
+
 class Shell(torch.nn.Module):
     """A module with the parameters of a network whose attributes change while it runs, which no trace allows."""
 
     def __init__(self, net):
         super().__init__()
-        # out of sight
-        self.inner = (net,)
+        self.inner = Hidden(net)
         self.ps = torch.nn.ParameterList(net.parameters())
 
     def forward(self, x):
-        return self.inner[0].losses(x)
+        return self.inner.net.losses(x)
 
 
 def _traced(net, case, x):
