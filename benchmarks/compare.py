@@ -333,8 +333,8 @@ PAGE = """# Performance
 
 Time over that of the plain step (forward, and backward with ordinary gradients) of the same round: median, quartiles in brackets.
 Below 1 is faster than a plain step. "{into}" means the caller's own `(n, *shape)` buffers, filled again in each step;
-"{floor}" is the time to fill them with a constant: nothing that materialises gradients can be faster. Empty cells do
-not apply.
+"{floor}" is the time to fill them with a constant: nothing that materialises gradients can be faster. "{traced}" is
+`samplewise.traced` after the calls in which it makes its trace. Empty cells do not apply.
 
 {times}
 
@@ -384,6 +384,7 @@ def markdown(results: list[Figures], conditions: dict[str, Any], chart: str) -> 
         chart=chart,
         into=INTO,
         floor=FLOOR,
+        traced=TRACED,
         times=table(results, lambda f: f"{f['name']} ({f['plain']['ms']:.1f} ms)", time_shown),
         captured=captured_section(results) if conditions["device"] == "cuda" else "",
         memory=(ALLOCATED if conditions["device"] == "cuda" else RESIDENT).format(

@@ -7,7 +7,7 @@ import ast
 import builtins
 import functools
 import inspect
-import itertools
+import os
 import pickle
 import random
 import re
@@ -374,9 +374,15 @@ DERIVED = LEAF * 2
 
 
 def thrice(losses, n=N):
-    """Enough calls for a trace; the losses are told the number of the call."""
-    count = itertools.count(1)
-    run = sw.traced(sw.per_sample_norms, linear(), lambda m, b: losses(m, b, next(count)))
+    """Enough calls for a trace; the losses are told their number, which is where no trace looks: in a variable of Python's own."""
+    os.environ["SAMPLEWISE_CALLS"] = "0"
+
+    def told(m, b):
+        number = int(os.environ["SAMPLEWISE_CALLS"])
+        os.environ["SAMPLEWISE_CALLS"] = str(number + 1)
+        return losses(m, b, number)
+
+    run = sw.traced(sw.per_sample_norms, linear(), told)
     for _ in range(3):
         run(x(n, D))
 
@@ -1223,8 +1229,8 @@ class Site:
         return f"{self.file.removesuffix('.py').replace('/', '.')}.{self.function}"
 
 
-# our own bugs, and the protocol of module attributes
-NOT_FOR_USERS = {"AssertionError", "AttributeError"}
+# our own bugs, the protocol of module attributes, and what is caught before it reaches anybody
+NOT_FOR_USERS = {"AssertionError", "AttributeError", "TooMuchError"}
 
 
 @functools.cache

@@ -4,8 +4,14 @@ import copy
 import functools
 import gc
 import itertools
+import os
 import random
+import sys
+import sysconfig
+import types
 import weakref
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +29,18 @@ from test_ways_of_running import KINDS, Net, normal, squares
 N = 5
 # recorded once, then traced twice
 BEFORE = 3
+
+
+class Count:
+    """Calls that no trace sees: the number is in a variable of Python's own."""
+
+    def __init__(self, start):
+        os.environ["SAMPLEWISE_CALLS"] = str(start)
+
+    def step(self):
+        number = int(os.environ["SAMPLEWISE_CALLS"])
+        os.environ["SAMPLEWISE_CALLS"] = str(number + 1)
+        return number
 
 
 def quantities(model, loss_fn, batch):
@@ -88,15 +106,15 @@ def test_a_later_batch(kind, quantity, options):
 
 
 def test_the_model_is_not_run_again(mlp):
-    calls, x = itertools.count(), normal(N, 4)
+    calls, x = Count(0), normal(N, 4)
 
     def losses(model, batch):
-        next(calls)
+        calls.step()
         return squares(model, batch)
 
     run = ready(sw.per_sample_norms, mlp, losses, x)
     run(x)
-    assert next(calls) == BEFORE
+    assert calls.step() == BEFORE
 
 
 def test_training_sees_its_own_steps(mlp):
@@ -469,10 +487,10 @@ def test_packed_sequences():
 
 
 def test_steps_that_python_decides(mlp):
-    calls = itertools.count(1)
+    calls = Count(1)
 
     def losses(model, batch):
-        return squares(model, batch) * next(calls)
+        return squares(model, batch) * calls.step()
 
     run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
     with pytest.raises(sw.UnsupportedOpError, match=r"two batches of one kind took different steps: `.*mul.* and `.*mul"):
@@ -480,10 +498,10 @@ def test_steps_that_python_decides(mlp):
 
 
 def test_numbers_of_pythons_that_change(mlp):
-    calls = itertools.count(1)
+    calls = Count(1)
 
     def losses(model, batch):
-        return squares(model, batch) * torch.tensor([float(next(calls))])
+        return squares(model, batch) * torch.tensor([float(calls.step())])
 
     run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
     with pytest.raises(sw.UnsupportedOpError, match=r"took different steps"):
@@ -726,10 +744,10 @@ def test_results_that_cannot_be_seen_into(mlp):
 
 
 def test_results_with_other_numbers(mlp):
-    calls = itertools.count()
+    calls = Count(0)
 
     def quantity(model, loss_fn, batch):
-        return {"norms": sw.per_sample_norms(model, loss_fn, batch), "call": next(calls)}
+        return {"norms": sw.per_sample_norms(model, loss_fn, batch), "call": calls.step()}
 
     run, x = sw.traced(quantity, mlp, squares), normal(N, 4)
     with pytest.raises(sw.UnsupportedOpError, match=r"the results were others"):
@@ -895,6 +913,170 @@ def test_hooks_for_all_modules(mlp):
         changed(mlp, lambda: handles.append(nn.modules.module.register_module_forward_hook(lambda *args: args[2] * 2)))
     finally:
         handles[0].remove()
+
+
+def held_in(make):
+    """Losses that take a number from something, and its change."""
+    held, read, change = make()
+    return (lambda model, batch: squares(model, batch) * read(held)), lambda: change(held)
+
+
+class Slotted:
+    __slots__ = ("a",)
+
+    def __init__(self):
+        self.a = 1.0
+
+
+class Base:
+    a = 1.0
+
+    @property
+    def through(self):
+        return ALPHA
+
+    @staticmethod
+    def aside():
+        return ALPHA
+
+
+class Derived(Base):
+    pass
+
+
+HOLDERS = {
+    "slots": lambda: (Slotted(), lambda held: held.a, lambda held: setattr(held, "a", 3.0)),
+    "deque": lambda: (deque([1.0]), lambda held: held[0], lambda held: held.__setitem__(0, 3.0)),
+    "a long list": lambda: ([1.0] * 300, lambda held: held[0], lambda held: held.__setitem__(0, 3.0)),
+    "a long dict": lambda: (dict.fromkeys(range(300), 1.0), lambda held: held[0], lambda held: held.update({0: 3.0})),
+    "an array": lambda: (np.ones(2), lambda held: torch.tensor(held)[0], lambda held: held.fill(3.0)),
+    "bytes": lambda: (bytearray(b"a"), lambda held: held[0], lambda held: held.__setitem__(0, 3)),
+    "a weak reference": lambda: (
+        (kept := Base(), weakref.ref(kept)),
+        lambda held: held[1]().a,
+        lambda held: setattr(held[0], "a", 3.0),
+    ),
+    "a bound method of Python's": lambda: (
+        (table := {"a": 1.0}, table.get),
+        lambda held: held[1]("a"),
+        lambda held: held[0].update(a=3.0),
+    ),
+    "a base": lambda: (Derived(), lambda held: held.a, lambda held: setattr(Base, "a", Base.a + 1)),
+    "a property": lambda: (Derived(), lambda held: held.through, lambda held: globals().update(ALPHA=ALPHA + 1)),
+    "a static method": lambda: (Derived(), lambda held: held.aside(), lambda held: globals().update(ALPHA=ALPHA + 1)),
+}
+
+
+@pytest.mark.parametrize("case", HOLDERS)
+def test_what_holds_a_number(mlp, case):
+    losses, change = held_in(HOLDERS[case])
+    changed(mlp, change, losses)
+
+
+def test_a_variable_of_another_module(mlp, monkeypatch):
+    made = types.ModuleType("of_the_user")
+    made.alpha = 1.0
+    monkeypatch.setitem(globals(), "SETTINGS", made)
+    changed(mlp, lambda: setattr(made, "alpha", 3.0), lambda model, batch: squares(model, batch) * SETTINGS.alpha)  # noqa: F821
+
+
+def test_losses_of_an_installed_package(mlp, monkeypatch):
+    made = types.ModuleType("installed")
+    made.__file__ = f"{sysconfig.get_paths()['purelib']}/installed.py"
+    monkeypatch.setitem(sys.modules, "installed", made)
+    exec("def make(c):\n def loss(m, b): return m(b).square().sum(1) * c['a']\n return loss", vars(made))
+    settings = {"a": 1.0}
+    changed(mlp, lambda: settings.update(a=3.0), made.make(settings))
+
+
+def test_an_iterator_is_not_traced(mlp):
+    numbers = itertools.cycle([1.0] * 6 + [3.0])
+    run, x = sw.traced(sw.per_sample_norms, mlp, lambda model, batch: squares(model, batch) * next(numbers)), normal(N, 4)
+    wanted = sw.per_sample_norms(mlp, squares, x)
+    for k in range(14):
+        torch.testing.assert_close(run(x), wanted * (3 if k % 7 == 6 else 1))
+
+
+def test_more_than_can_be_looked_at(mlp):
+    many = [object() for _ in range(5000)]
+    run, x = sw.traced(sw.per_sample_norms, mlp, lambda model, batch: squares(model, batch) + 0 * len(many)), normal(N, 4)
+    with pytest.warns(UserWarning, match=r"^traced: the model or the losses reach more objects"):
+        run(x)
+    mlp[0].weight.requires_grad_(False)
+    for _ in range(4):
+        equal(run(x), sw.per_sample_norms(mlp, squares, x))
+
+
+def test_a_batch_that_is_used_from_outside_too(mlp):
+    data = normal(N, 4)
+    losses = lambda model, batch: (model(batch) - 2 * model(data)).square().sum(1)
+    run = sw.traced(sw.per_sample_norms, mlp, losses, batch_size=N)
+    again(run, lambda _: data)
+    for seed in range(3):
+        equal(run(batch_like(data, seed)), sw.per_sample_norms(mlp, losses, batch_like(data, seed), batch_size=N))
+
+
+def test_a_question_of_memory_that_is_shared(mlp):
+    def losses(model, batch):
+        x, y = batch
+        x.mul_(-1)
+        return squares(model, x) if (y > 0).all() else squares(model, x) * 3
+
+    run = sw.traced(sw.per_sample_norms, mlp, losses)
+    for seed in range(5):
+        run((batch_like(normal(N, 4), seed), torch.ones(N, 4, dtype=torch.float64)))
+    x = batch_like(normal(N, 4), 9).abs()
+    other = x.clone()
+    equal(run((x, x.view(N, 4))), sw.per_sample_norms(mlp, losses, (other, other.view(N, 4))))
+    with pytest.raises(sw.UnsupportedOpError, match=r"^traced: .* reads a value"):
+        run((x, x.view(N, 4)))
+
+
+def test_a_question_that_follows_from_another(mlp):
+    def losses(model, batch):
+        index = batch[:, 0].abs().long()
+        if (index < 4).all() and (torch.arange(1.0, 5.0).index_select(0, index) > -1).all():
+            return squares(model, batch)
+        return squares(model, batch) * 3
+
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
+    for seed in range(10):
+        fed = batch_like(x, seed) * (1 if seed < 5 else 50)
+        equal(run(fed), sw.per_sample_norms(mlp, losses, fed))
+
+
+def test_a_trainer_with_its_own_trace(mlp):
+    class Trainer:
+        def __init__(self, model):
+            self.model, self.calls = model, Count(0)
+            self.norms = sw.traced(sw.per_sample_norms, model, self.losses)
+
+        def losses(self, model, batch):
+            self.calls.step()
+            return squares(model, batch)
+
+    trainer, x = Trainer(mlp), normal(N, 4)
+    again(trainer.norms, lambda seed: batch_like(x, seed), 8)
+    assert trainer.calls.step() == BEFORE
+    other = copy.deepcopy(trainer)
+    equal(other.norms(x), trainer.norms(x))
+    assert other.model is not mlp
+
+
+def test_numbers_by_dlpack(mlp):
+    losses = lambda model, batch: squares(model, batch) * (1 if np.from_dlpack(batch.detach())[0, 0] > 0 else 3)
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
+    run(x)
+    with pytest.raises(sw.UnsupportedOpError, match=r"^traced: `__dlpack__`"):
+        run(x)
+
+
+def test_threads(mlp):
+    run, x = sw.traced(sw.per_sample_norms, mlp, squares), normal(N, 4)
+    wanted = sw.per_sample_norms(mlp, squares, x)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: run(x), range(30)):
+            equal(found, wanted)
 
 
 def test_errors_that_values_make():

@@ -90,7 +90,7 @@ EXPANSIONS: dict[str, Callable[..., Any]] = {}
 # Functions that check their arguments and pass them on to an op: from a call's arguments, the op and its own arguments.
 PASSED_ON: dict[Callable[..., Any], Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]] = {}
 # Functions of our own that the recording sees as one op, and not through their source.
-OPAQUE: set[str] = set()
+OPAQUE: set[str] = {"torch._tensor.Tensor.__dlpack__"}
 
 
 def rule(

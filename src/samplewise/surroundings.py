@@ -1,44 +1,42 @@
 """What a model and functions take from around them: attributes, parameters, hooks, closures, globals; read anew as often as one asks."""
 
 import functools
+import gc
 import itertools
+import random
 import sys
 import sysconfig
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Longer lists, and tables beyond so many in all, are told by their identity alone.
-_LONGEST, _MOST_TABLES = 256, 20_000
-_PLAIN = (
-    int,
-    float,
-    complex,
-    bool,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    Tensor,
-    types.ModuleType,
-    types.CodeType,
-)
-_EMPTY = object()
-# between tables: what moves from the end of one to the beginning of the next is somewhere else
-_END = (_EMPTY,)
+# Entries of one table, and tables that are no module's: beyond it too much would have to be looked at in every call.
+_LONGEST, _MOST_TABLES = 4096, 4000
+# Bytes of numbers in other memory than torch's.
+_MOST_BYTES = 2**16
+_NUMBERS = (int, float, complex, bool, str, bytes, type(None))
+_PLAIN = (*_NUMBERS, torch.dtype, torch.device, torch.Size, Tensor, types.ModuleType, types.CodeType)
+_MISSING = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Between tables: what moves from the end of one to the beginning of the next is somewhere else.
+_END = (_MISSING,)
+
+
+class TooMuchError(Exception):
+    """More can be reached than may be looked at in every call."""
 
 
 class Surroundings:
     """All that can be reached from some objects, as the identities of what is found there.
 
-    Followed are modules, functions of the user's (what they close over, their globals, defaults and attributes), methods, dictionaries,
-    lists and tuples, and the attributes of other objects. Functions and classes of installed packages are not.
+    Followed are modules, functions (what they close over, their defaults and attributes), methods, containers, the attributes of other
+    objects, and of the user's own functions and classes also what they name: globals, variables of the user's modules. Not followed are
+    globals of installed packages and of Python itself.
     """
 
     def __init__(self, *roots: object) -> None:
@@ -48,8 +46,17 @@ class Surroundings:
         self._state: list[object] = []
         self._tensors: list[Tensor] = []
 
+    def now(self) -> tuple[tuple[int, ...], list[Tensor]]:
+        """The identities, and the tensors among the objects."""
+        self.state()
+        return self._last, self._tensors
+
     def state(self) -> list[object]:
-        """The objects that there are now. While the list is held, their identities are theirs."""
+        """The objects that there are now. While the list is held, their identities are theirs.
+
+        Raises:
+            TooMuchError: If there are too many.
+        """
         state = list(itertools.chain.from_iterable(self._tables))
         if not self._tables or tuple(map(id, state)) != self._last:
             # what else can be reached follows from these
@@ -58,11 +65,6 @@ class Surroundings:
             self._last, self._state = tuple(map(id, state)), state
             self._tensors = [x for x in state if isinstance(x, Tensor)]
         return self._state
-
-    def now(self) -> tuple[tuple[int, ...], list[Tensor]]:
-        """The identities, and the tensors among the objects."""
-        self.state()
-        return self._last, self._tensors
 
     def release(self) -> None:
         """Let all go but the roots."""
@@ -79,66 +81,121 @@ class _Live:
         return iter(self._read())
 
 
+class _Content:
+    """A value that is told by what it is and not by its identity: the same object as long as it is equal."""
+
+    def __init__(self, read: Callable[[], object]) -> None:
+        self._read, self._last = read, read()
+
+    def __iter__(self) -> Iterator[object]:
+        found = self._read()
+        if found != self._last:
+            self._last = found
+        return iter((self._last,))
+
+
 def _tables(roots: Iterable[object]) -> list[Iterable[object]]:
     ahead, seen, modules = list(roots), set[int](), list[nn.Module]()
     found: list[Iterable[object]] = [tuple(roots), _Live(lambda: map(type, modules))]
-    while ahead and len(found) < _MOST_TABLES:
+    others = 0
+    while ahead:
         one = ahead.pop()
-        if id(one) in seen:
+        if id(one) in seen or isinstance(one, _PLAIN):
             continue
         seen.add(id(one))
         if isinstance(one, nn.Module):
             modules.append(one)
+            ahead.append(type(one))
             # what counts of its own tables is among those below
             seen.update(id(table) for name, table in vars(one).items() if name in _OF_EVERY_MODULE)
         for table in _tables_of(one):
+            entries = list(table)
+            others += not isinstance(one, nn.Module)
+            if len(entries) > _LONGEST or others > _MOST_TABLES:
+                raise TooMuchError
             found.append(table)
-            ahead += [x for x in table if not isinstance(x, _PLAIN)]
+            ahead += entries
     return found
 
 
 def _tables_of(one: object) -> list[Iterable[object]]:
     """What an object is made of, to be read again."""
-    if isinstance(one, nn.Module):
-        named = (one._parameters, one._modules)  # noqa: SLF001
-        hooks = (one._forward_hooks, one._forward_pre_hooks, one._backward_hooks, one._backward_pre_hooks)  # noqa: SLF001
-        others = (one._buffers, vars(one), *hooks)  # noqa: SLF001
-        return [*(view for table in named for view in _entries(table)), *(view for x in others for view in (x.values(), _END))]
-    if isinstance(one, type):
-        return [] if _is_installed(one.__module__) else [_Live(lambda: tuple(vars(one).values()))]
-    if isinstance(one, types.FunctionType):
-        return [] if _is_installed(one.__module__) else _of_function(one)
-    if isinstance(one, types.MethodType):
-        return [(one.__self__, one.__func__)]
-    if isinstance(one, functools.partial):
-        return [(one.func,), _Live(lambda: one.args), *_entries(one.keywords)]
-    if isinstance(one, Mapping):
-        return _entries(one) if len(one) <= _LONGEST else []
-    if isinstance(one, list | tuple | set | frozenset):
-        return [one] if len(one) <= _LONGEST else []
+    if (type(one).__module__ or "").startswith(f"{__package__}."):
+        # our own, a trace that belongs to its model perhaps
+        return []
+    for kind, tables in _KINDS.items():
+        if isinstance(one, kind):
+            return tables(one)
+    return [*_attributes(one), *_contents(one), _Live(lambda: gc.get_referents(one))]
+
+
+def _of_class(one: type) -> list[Iterable[object]]:
+    """What the user's own classes among its bases define."""
+    spaces = [vars(base) for base in one.__mro__ if not _is_installed(base.__module__)]
+    return [_Live(lambda: [value for space in spaces for value in space.values()])]
+
+
+def _of_module(one: nn.Module) -> list[Iterable[object]]:
+    named = (one._parameters, one._buffers, one._modules, vars(one))  # noqa: SLF001
+    hooks = (one._forward_hooks, one._forward_pre_hooks, one._backward_hooks, one._backward_pre_hooks)  # noqa: SLF001
+    with_kwargs = (one._forward_hooks_with_kwargs.keys(), one._forward_pre_hooks_with_kwargs.keys())  # noqa: SLF001
+    unnamed: tuple[Iterable[object], ...] = (*(hook.values() for hook in hooks), *with_kwargs)
+    tables: list[Iterable[object]] = [view for table in named for view in (table.keys(), table.values())]
+    for table in unnamed:
+        tables += [table, _END]
+    return tables
+
+
+def _attributes(one: object) -> list[Iterable[object]]:
     own = getattr(one, "__dict__", None)
-    return [_Live(lambda: (type(one),)), *_entries(own)] if isinstance(own, dict) else []
+    return [own.keys(), own.values()] if isinstance(own, dict) else []
 
 
 def _entries(table: Mapping[Any, object]) -> list[Iterable[object]]:
-    """Keys and values, which are views of what is there now."""
-    return [table.keys(), table.values()]
+    """Keys and values; of dictionaries as views of what is there now."""
+    if isinstance(table, dict):
+        return [table.keys(), table.values()]
+    return [_Live(lambda: list(table.keys())), _Live(lambda: list(table.values()))]
+
+
+def _contents(one: object) -> list[Iterable[object]]:
+    """Numbers in memory that is not torch's, and the states of generators and iterators as far as they can be told."""
+    if isinstance(one, random.Random):
+        return [_Content(one.getstate)]
+    if hasattr(one, "bit_generator"):
+        # of numpy
+        return [_Content(lambda: repr(one.bit_generator.state))]
+    if hasattr(type(one), "__next__"):
+        # a generator or another iterator, whose next value nobody knows
+        return [_Live(lambda: (object(),))]
+    try:
+        view = memoryview(one)  # type: ignore[arg-type]
+    except (TypeError, ValueError, BufferError):
+        return []
+    if view.nbytes > _MOST_BYTES:
+        raise TooMuchError
+    return [_Content(lambda: memoryview(one).tobytes())]  # type: ignore[arg-type]
 
 
 def _of_function(function: types.FunctionType) -> list[Iterable[object]]:
-    names = tuple(_names_in(function.__code__))
+    names = () if _is_installed(function.__module__) else tuple(_names_in(function.__code__))
 
-    def around() -> Iterable[object]:
+    def around() -> Iterator[object]:
         yield function.__code__
         for cell in function.__closure__ or ():
             yield _content(cell)
-        for name in names:
-            yield function.__globals__.get(name, _EMPTY)
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
+        spaces = [function.__globals__] if names else []
+        for space in spaces:
+            for name in names:
+                yield (value := space.get(name, _MISSING))
+                # variables of the user's modules, by the names that are used
+                if isinstance(value, types.ModuleType) and not _is_installed(value.__name__) and vars(value) not in spaces:
+                    spaces.append(vars(value))
 
     # what a decorator wraps is among the attributes
-    return [_Live(around), *_entries(vars(function))]
+    return [_Live(lambda: list(around())), *_attributes(function)]
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
@@ -153,15 +210,27 @@ def _content(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:
-        return _EMPTY
+        return _MISSING
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_installed(module: str | None) -> bool:
     """Whether a module is Python's own, or of an installed package: such keep their variables to themselves."""
-    file = getattr(sys.modules.get(module or ""), "__file__", None)
+    name = module or ""
+    file = getattr(sys.modules.get(name), "__file__", None)
     if file is None:
-        return module not in {"__main__", None}
-    return file.startswith(tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))) or (
-        module or ""
-    ).startswith(f"{__package__}.")
+        return name in sys.builtin_module_names or name == "builtins"
+    folders = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return file.startswith(folders) or name.startswith(f"{__package__}.")
+
+
+_KINDS: dict[Any, Callable[[Any], list[Iterable[object]]]] = {
+    nn.Module: _of_module,
+    type: _of_class,
+    types.FunctionType: _of_function,
+    functools.partial: lambda one: [(one.func,), _Live(lambda: one.args), *_entries(one.keywords)],
+    Mapping: lambda one: [*_entries(one), *_attributes(one)],
+    (list, tuple, set, frozenset): lambda one: [one, *_attributes(one)],
+    weakref.ref: lambda one: [_Live(lambda: (one(),))],
+    ContextVar: lambda one: [_Live(lambda: (one.get(None),))],
+}

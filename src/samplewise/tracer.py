@@ -35,9 +35,10 @@ _PLAINLY = torch._C._AutoDispatchBelowADInplaceOrView  # noqa: SLF001
 class Questions(NamedTuple):
     """What the call asked of its batch alone, such as `if mask.all()`, and the answers that it got."""
 
-    ask: Callable[..., Sequence[Tensor]]
-    # tensors made of numbers of Python's
-    held: Sequence[Tensor]
+    # one after another: after another answer the next may make no sense
+    asked: Sequence[Callable[..., Tensor]]
+    # tensors made of numbers of Python's, for each
+    held: Sequence[Sequence[Tensor]]
     answers: tuple[bool, ...]
 
     def fit(self, given: Sequence[Tensor]) -> bool:
@@ -45,8 +46,8 @@ class Questions(NamedTuple):
         if not self.answers:
             return True
         with unrecorded():
-            found = self.ask(*given, *self.held)
-        return all(bool(x) is answer for x, answer in zip(found, self.answers, strict=True))
+            asked = zip(self.asked, self.held, self.answers, strict=True)
+            return all(bool(ask(*given, *held)) is answer for ask, held, answer in asked)
 
 
 class Trace(NamedTuple):
@@ -317,13 +318,17 @@ class Tracer(Watching):
         return True
 
     def _questions(self) -> Questions:
-        needed = {other for node in self._asked for other in _behind(node)}
-        held, graph, copies = list[Tensor](), fx.Graph(), dict[fx.Node, fx.Node]()
-        for node in [*self._given, *(node for node in self._graph.nodes if node in needed and node not in self._given)]:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            held += [self._held[node]] if node in self._held else []
-        graph.output(tuple(copies[node] for node in self._asked))
-        return Questions(fx.GraphModule(nn.Module(), graph).forward, held, tuple(self._asked.values()))
+        asked = [self._question(node) for node in self._asked]
+        return Questions([ask for ask, _ in asked], [held for _, held in asked], tuple(self._asked.values()))
+
+    def _question(self, asked: fx.Node) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
+        needed, graph, copies = _behind(asked), fx.Graph(), dict[fx.Node, fx.Node]()
+        held = [node for node in self._held if node in needed]
+        for node in [*self._given, *held, *(node for node in self._graph.nodes if node in needed)]:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(copies[asked])
+        return fx.GraphModule(nn.Module(), graph).forward, [self._held[node] for node in held]
 
     def _refuse_reset(self, func: Any, tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
         """Refuse numbers that are drawn for a second time, as where a checkpoint draws its dropout again."""

@@ -1,7 +1,9 @@
 """Calls of one quantity after another without a recording: what it came to is traced, and run again for every batch like the first."""
 
+import copy
 import functools
 import itertools
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -17,7 +19,7 @@ from torch.utils._device import DeviceContext
 from .errors import UnsupportedOpError, of_type
 from .running import in_transform, modes
 from .streaming import Batch, LossFunction
-from .surroundings import Surroundings
+from .surroundings import Surroundings, TooMuchError
 from .tracer import Reading, Trace, Tracer, layout
 
 Result = TypeVar("Result")
@@ -88,6 +90,7 @@ class Traced(Generic[Result]):
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
         # calls in a row of which none was like one before
         self._in_vain = 0
+        self._lock = threading.RLock()
 
     def __call__(self, batch: Batch) -> Result:
         """The quantity of a batch."""
@@ -95,7 +98,18 @@ class Traced(Generic[Result]):
             return self._run(batch)
         tensors: list[Tensor] = []
         kind = _kind_of(batch, tensors)
-        key = self._key(kind, tensors)
+        with self._lock:
+            return self._known_or_new(batch, kind, tensors)
+
+    def __reduce__(self) -> tuple[type["Traced[Result]"], tuple[functools.partial[Result]]]:
+        """Copies have traces of their own."""
+        return Traced, (self._run,)
+
+    def _known_or_new(self, batch: Batch, kind: Hashable, tensors: list[Tensor]) -> Result:
+        try:
+            key = self._key(kind, tensors)
+        except TooMuchError:
+            return self._unwatched(batch)
         known = self._known.get(key)
         if known is None:
             return self._record(batch, kind, tensors)
@@ -117,7 +131,9 @@ class Traced(Generic[Result]):
         same, held = self._around.now()
         casts = [torch.is_autocast_enabled(x) and torch.get_autocast_dtype(x) for x in _AUTOCAST]
         how = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), *casts)
-        return kind, tuple(map(layout, tensors)), same, tuple(map(layout, held)), how
+        cells = [x.untyped_storage()._cdata for x in tensors]  # noqa: SLF001
+        shared = tuple(map(cells.index, cells))
+        return kind, tuple(map(layout, tensors)), shared, same, tuple(map(layout, held)), how
 
     def _record(self, batch: Batch, kind: Hashable, tensors: list[Tensor]) -> Result:
         """The first of its kind, in which everything is made that is made once: rates, tables that the model keeps."""
@@ -126,17 +142,34 @@ class Traced(Generic[Result]):
             warnings.warn(
                 f"traced: {_VAIN} calls in a row were of kinds that had not been seen, or found something else that the model or losses "
                 "use (a number that changes from step to step, perhaps: a tensor that is written to would do), so each was recorded.",
-                stacklevel=3,
+                stacklevel=4,
             )
         result = self._run(batch)
-        self._known.setdefault(self._key(kind, tensors), _Known(self._around.state()))
+        try:
+            self._known.setdefault(self._key(kind, tensors), _Known(self._around.state()))
+        except TooMuchError:
+            return result
         if len(self._known) > _MOST:
             self._known.popitem(last=False)
         return result
 
+    def _unwatched(self, batch: Batch) -> Result:
+        """A call whose surroundings are too large to be looked at each time."""
+        if self._in_vain < _VAIN:
+            self._in_vain = _VAIN
+            warnings.warn(
+                "traced: the model or the losses reach more objects (a data set, long lists) than can be looked at in every call, so each "
+                "call is recorded. Let the losses use what they need by itself.",
+                stacklevel=4,
+            )
+        return self._run(batch)
+
     def _trace(self, batch: Batch, tensors: list[Tensor], known: _Known) -> Result:
         """The second and the third, of which traces are made."""
-        tracer = Tracer(tensors, self._around.now()[1])
+        # a tensor that is used from outside too is another one there
+        fed = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
+        batch = _with(batch, dict(zip(map(id, tensors), fed, strict=True)))
+        tracer = Tracer(fed, self._around.now()[1])
         # of weights that were cast before, which would stay as they are
         torch.clear_autocast_cache()
         with Reading(tracer), tracer:
@@ -192,6 +225,21 @@ def _kind_of(value: object, tensors: list[Tensor]) -> Hashable:
         f"traced: a batch is made of dense tensors and plain values, in tuples, lists and dictionaries, got a {type(value).__name__}. "
         "Give its tensors by themselves, or call the function itself, which records each batch."
     )
+
+
+def _with(value: Any, new: Mapping[int, Tensor]) -> Any:
+    """The batch with other tensors in the place of its own, by id."""
+    if isinstance(value, Tensor):
+        return new[id(value)]
+    if isinstance(value, Mapping):
+        made: Any = copy.copy(value)
+        for key, item in value.items():
+            made[key] = _with(item, new)
+        return made
+    if isinstance(value, tuple | list):
+        items = [_with(item, new) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 def _observed() -> bool:
