@@ -1259,7 +1259,7 @@ def _sites(file: str, text: str) -> Iterator[Site]:
 
 def _called(node: ast.AST) -> str:
     """The name of what is called, without its module."""
-    function = node.func if isinstance(node, ast.Call) else None
+    function = node.func if isinstance(node, ast.Call) else node
     return getattr(function, "id", getattr(function, "attr", ""))
 
 

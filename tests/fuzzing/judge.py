@@ -55,6 +55,8 @@ def _judge(case):
     try:
         input_grad = _plain(net, case, x)
         wanted = _loop(net, case, x)
+        for other in _others(x) if case.how == TRACED else ():
+            net.losses(other)
     except PLAIN_ERRORS as error:
         return Verdict("invalid", f"{type(error).__name__} {short(error)}"), net.ran
     if not wanted or not all(rows.isfinite().all() for rows in wanted.values()):
@@ -220,6 +222,11 @@ def _recorded(net, case, x):
     return _consistent(net, rec, rows, _tolerance(net, case)) or rows, grad
 
 
+def _others(x):
+    """Batches of the same kind."""
+    return [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(draw)) for draw in range(3)]
+
+
 class Hidden:
     """What no trace looks into."""
 
@@ -252,8 +259,8 @@ def _traced(net, case, x):
 
     shell = Shell(net)
     run = sw.traced(quantities, shell, lambda model, batch: model(batch))
-    for draw in range(3):
-        run(torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(draw)))
+    for other in _others(x):
+        run(other)
     grads, norms = run(x.clone())
     rows = {names[id(shell.get_parameter(name))]: part for name, part in grads.items()}
     flat = torch.cat([part.flatten(1) for part in rows.values()], 1)
