@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import itertools
+import math
 import os
 import random
 import sys
@@ -1182,6 +1183,24 @@ def test_what_is_held_is_let_go(mlp):
     del run
     # pytest holds the fixture
     assert mlp[0].weight is held[-2]()
+
+
+def test_arguments_of_all_kinds():
+    """Lists, numbers that are none, a name that Python has for itself."""
+    x = torch.zeros(6)
+
+    def run(y):
+        y = torch.nan_to_num(y.clone().random_(3, 4) + math.inf, posinf=2.0).reshape([2, 3])
+        y = y.add(torch.full([2, 3], math.nan, dtype=torch.float32)).nan_to_num(nan=-math.pi)
+        return torch.ops.aten.random_.to(torch.cat([y, y], 1), 7), y.sum([0], dtype=torch.float64), y.flip(0, 1)
+
+    tracer = Tracer([x])
+    with tracer:
+        wanted = run(x)
+    torch.manual_seed(0)
+    found = tracer.result(wanted)([x])
+    torch.manual_seed(0)
+    equal(found, run(x))
 
 
 def test_a_tracer_keeps_no_tensor_alive():

@@ -17,6 +17,7 @@ from .axes import swapped, tensors_in
 from .errors import UnsupportedOpError
 from .notes import Notes
 from .running import Watching, unrecorded
+from .straight import compiled
 
 # Of other arguments than tensors: what is the same in every process and at every time.
 _PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -180,11 +181,12 @@ class Tracer(Watching):
             self._graph.erase_node(node)
         literals = frozenset(k for k, node in enumerate(self._held) if node in self._literals)
         rest = {k: x for k, x in enumerate(leaves) if not isinstance(x, Tensor)}
-        module = fx.GraphModule(nn.Module(), self._graph)
         held, code = list(self._held.values()), _listing(self._graph)
         known = {id(x) for x in self._known}
         loose = [x for x in held if id(x) not in known]
-        return Trace(module.forward, code, held, literals, spec, rest, self._writes, questions, loose, list(map(layout, loose)))
+        return Trace(
+            compiled(self._graph), code, held, literals, spec, rest, self._writes, questions, loose, list(map(layout, loose))
+        )
 
     def varies(self, x: Tensor) -> bool:
         """Whether another call may find another value there."""
@@ -328,7 +330,7 @@ class Tracer(Watching):
             if node not in copies:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(copies[asked])
-        return fx.GraphModule(nn.Module(), graph).forward, [self._held[node] for node in held]
+        return compiled(graph), [self._held[node] for node in held]
 
     def _refuse_reset(self, func: Any, tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
         """Refuse numbers that are drawn for a second time, as where a checkpoint draws its dropout again."""
