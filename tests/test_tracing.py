@@ -1197,8 +1197,9 @@ def test_arguments_of_all_kinds():
     tracer = Tracer([x])
     with tracer:
         wanted = run(x)
+    trace = tracer.result(wanted)
     torch.manual_seed(0)
-    found = tracer.result(wanted)([x])
+    found = trace([x])
     torch.manual_seed(0)
     equal(found, run(x))
 
