@@ -37,7 +37,7 @@ class Problem(Workload):
     def head(self, n: int) -> Self:
         """Its first samples."""
         buffers = {name: buffer[:n] for name, buffer in self.buffers.items()}
-        return replace(self, input=self.input[:n], target=self.target[:n], buffers=buffers)
+        return replace(self, input=self.input[:n], target=self.target[:n], buffers=buffers, traces={})
 
     def total(self) -> Tensor:
         """The sum of the batch's losses."""

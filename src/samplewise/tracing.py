@@ -38,10 +38,11 @@ def traced(quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunct
     both took the same steps, every later batch runs these ops alone. It is `quantity` that is traced, so any of the one-call functions
     will do, and a function of your own that makes several quantities of one recording.
 
-    A trace is made anew when the batch is of another kind or when the model is in another state: training or evaluation, other
-    parameters, some of them frozen, an attribute or hook that is another one, a number that `loss_fn` takes from outside. Values of
-    parameters, buffers and other tensors are read at every call, and random numbers drawn. But Python runs no more: what the model does
-    beside its ops (prints, counts, hooks that look at something) is left out, and numbers that it takes from elsewhere stay what they were.
+    A trace is made anew when the batch is of another kind, and when something changed that the model, `loss_fn` or the options can reach:
+    training or evaluation, parameters, hooks, attributes, closures, globals of the user's own code, what other objects hold. Values of
+    parameters, buffers and other tensors are read at every call, and random numbers drawn. But Python runs no more: what is printed is left
+    out, and what comes from elsewhere (variables of installed packages, files, the clock) stays what it was. Where more can be reached than
+    may be looked at in every call, or the next value of an iterator, each batch is recorded.
 
     Args:
         quantity: `per_sample_norms`, `clipped_grads`, `per_sample_grads`, or another function that is called as these are and gives
