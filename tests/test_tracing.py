@@ -990,6 +990,96 @@ def test_losses_of_an_installed_package(mlp, monkeypatch):
     changed(mlp, lambda: settings.update(a=3.0), made.make(settings))
 
 
+@pytest.fixture
+def of_the_user(monkeypatch):
+    """A module of the user's."""
+    made = types.ModuleType("of_the_user")
+    made.alpha = 1.0
+    monkeypatch.setitem(sys.modules, "of_the_user", made)
+    return made
+
+
+def test_a_module_that_is_imported_in_the_losses(mlp, of_the_user):
+    def losses(model, batch):
+        import of_the_user as settings
+
+        return squares(model, batch) * settings.alpha
+
+    def others(model, batch):
+        from of_the_user import alpha
+
+        return squares(model, batch) * alpha
+
+    for function in (losses, others):
+        changed(mlp, lambda: setattr(of_the_user, "alpha", of_the_user.alpha + 1), function)
+
+
+def test_a_module_that_is_an_attribute(of_the_user):
+    net = Fed(lambda self, x: x * self.settings.alpha)
+    net.settings = of_the_user
+    changed(net, lambda: setattr(of_the_user, "alpha", 3.0))
+
+
+def test_an_attribute_of_a_parameter():
+    net = Fed(lambda self, x: x * getattr(self.layer.weight, "gain", 1.0))
+    changed(net, lambda: setattr(net.layer.weight, "gain", 2.0))
+    changed(net, lambda: setattr(net.layer.weight, "gain", 3.0))
+
+
+def test_a_function_in_the_clothes_of_an_installed_one(mlp):
+    @functools.wraps(F.mse_loss)
+    def losses(model, batch):
+        return squares(model, batch) * ALPHA
+
+    changed(mlp, lambda: globals().update(ALPHA=ALPHA + 1), losses)
+
+
+class Meta(type):
+    alpha = 1.0
+
+
+class Table(dict, metaclass=Meta):
+    beta = 1.0
+
+    def through(self):
+        return ALPHA
+
+
+@pytest.mark.parametrize(
+    ("read", "change"),
+    [
+        (lambda held: held.beta, lambda: setattr(Table, "beta", Table.beta + 1)),
+        (lambda held: held.through(), lambda: globals().update(ALPHA=ALPHA + 1)),
+        (lambda held: type(held).alpha, lambda: setattr(Meta, "alpha", Meta.alpha + 1)),
+    ],
+)
+def test_what_a_class_of_containers_has(mlp, read, change):
+    held = Table()
+    changed(mlp, change, lambda model, batch: squares(model, batch) * read(held))
+
+
+def test_dates(mlp):
+    held = np.array([1], dtype="timedelta64[s]")
+    losses = lambda model, batch: squares(model, batch) * int(held[0].astype(int))
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
+    with pytest.warns(UserWarning, match=r"^traced: the model or the losses reach more"):
+        again(run, lambda _: x)
+    held[0] = 3
+    equal(run(x), sw.per_sample_norms(mlp, losses, x))
+
+
+def test_batches_with_attributes(mlp):
+    losses = lambda model, batch: squares(model, batch["x"]) * batch.beta
+    run, x = sw.traced(sw.per_sample_norms, mlp, losses), normal(N, 4)
+    for k in range(10):
+        batch = Table(x=batch_like(x, k))
+        batch.beta = 1.0 if k < 5 else 2.0
+        equal(run(batch), sw.per_sample_norms(mlp, losses, batch))
+    batch.beta = [1.0]
+    with pytest.raises(TypeError, match=r"^traced: a batch is made of"):
+        run(batch)
+
+
 def test_an_iterator_is_not_traced(mlp):
     numbers = itertools.cycle([1.0] * 6 + [3.0])
     run, x = sw.traced(sw.per_sample_norms, mlp, lambda model, batch: squares(model, batch) * next(numbers)), normal(N, 4)

@@ -20,7 +20,7 @@ _LONGEST, _MOST_TABLES = 4096, 4000
 # Bytes of numbers in other memory than torch's.
 _MOST_BYTES = 2**16
 _NUMBERS = (int, float, complex, bool, str, bytes, type(None))
-_PLAIN = (*_NUMBERS, torch.dtype, torch.device, torch.Size, Tensor, types.ModuleType, types.CodeType)
+_PLAIN = (*_NUMBERS, torch.dtype, torch.device, torch.Size, types.CodeType)
 _MISSING = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Between tables: what moves from the end of one to the beginning of the next is somewhere else.
@@ -103,14 +103,14 @@ def _tables(roots: Iterable[object]) -> list[Iterable[object]]:
         if id(one) in seen or isinstance(one, _PLAIN):
             continue
         seen.add(id(one))
+        ahead.append(type(one))
         if isinstance(one, nn.Module):
             modules.append(one)
-            ahead.append(type(one))
             # what counts of its own tables is among those below
             seen.update(id(table) for name, table in vars(one).items() if name in _OF_EVERY_MODULE)
         for table in _tables_of(one):
             entries = list(table)
-            others += not isinstance(one, nn.Module)
+            others += not isinstance(one, nn.Module | Tensor)
             if len(entries) > _LONGEST or others > _MOST_TABLES:
                 raise TooMuchError
             found.append(table)
@@ -123,6 +123,8 @@ def _tables_of(one: object) -> list[Iterable[object]]:
     if (type(one).__module__ or "").startswith(f"{__package__}."):
         # our own, a trace that belongs to its model perhaps
         return []
+    if isinstance(one, Tensor | types.ModuleType):
+        return _attributes(one) if isinstance(one, Tensor) or not _is_installed(one.__name__) else []
     for kind, tables in _KINDS.items():
         if isinstance(one, kind):
             return tables(one)
@@ -170,15 +172,19 @@ def _contents(one: object) -> list[Iterable[object]]:
         return [_Live(lambda: (object(),))]
     try:
         view = memoryview(one)  # type: ignore[arg-type]
-    except (TypeError, ValueError, BufferError):
+    except TypeError:
         return []
+    except (ValueError, BufferError):
+        # numbers that cannot be seen, of numpy's dates for example
+        raise TooMuchError from None
     if view.nbytes > _MOST_BYTES:
         raise TooMuchError
     return [_Content(lambda: memoryview(one).tobytes())]  # type: ignore[arg-type]
 
 
 def _of_function(function: types.FunctionType) -> list[Iterable[object]]:
-    names = () if _is_installed(function.__module__) else tuple(_names_in(function.__code__))
+    space = function.__globals__
+    names = () if _is_installed(space.get("__name__")) else tuple(_names_in(function.__code__))
 
     def around() -> Iterator[object]:
         yield function.__code__
@@ -186,16 +192,24 @@ def _of_function(function: types.FunctionType) -> list[Iterable[object]]:
             yield _content(cell)
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
-        spaces = [function.__globals__] if names else []
-        for space in spaces:
-            for name in names:
-                yield (value := space.get(name, _MISSING))
-                # variables of the user's modules, by the names that are used
-                if isinstance(value, types.ModuleType) and not _is_installed(value.__name__) and vars(value) not in spaces:
-                    spaces.append(vars(value))
+        yield from _named(names, space)
 
     # what a decorator wraps is among the attributes
     return [_Live(lambda: list(around())), *_attributes(function)]
+
+
+def _named(names: Iterable[str], space: Mapping[str, object]) -> Iterator[object]:
+    """What the names in a function may stand for: globals, and variables of the user's modules, also of those that are imported in it."""
+    spaces, package = [space], space.get("__package__")
+    for within in spaces:
+        for name in names:
+            for value in (within.get(name, _MISSING), sys.modules.get(name), sys.modules.get(f"{package}.{name}")):
+                if not isinstance(value, types.ModuleType):
+                    yield value
+                elif not _is_installed(value.__name__):
+                    # of a module only what is named
+                    yield value.__name__
+                    spaces += [] if any(vars(value) is one for one in spaces) else [vars(value)]
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:

@@ -446,8 +446,8 @@ def _listing(graph: fx.Graph) -> str:
 
 def layout(x: Tensor) -> Hashable:
     """All of a tensor but its values that the steps may depend on."""
-    hooked = bool(x._backward_hooks)  # noqa: SLF001
-    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg(), hooked
+    hooked, attributes = bool(x._backward_hooks), len(x.__dict__)  # noqa: SLF001
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg(), hooked, attributes
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

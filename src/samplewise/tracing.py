@@ -99,6 +99,9 @@ class Traced(Generic[Result]):
             return self._run(batch)
         tensors: list[Tensor] = []
         kind = _kind_of(batch, tensors)
+        if any(x.device.type not in _DEVICES for x in tensors):
+            # whose generators are not looked after
+            return self._run(batch)
         with self._lock:
             return self._known_or_new(batch, kind, tensors)
 
@@ -124,13 +127,14 @@ class Traced(Generic[Result]):
 
     def release(self) -> None:
         """Forget all traces, with the tensors that they hold: parameters, buffers and the like."""
-        self._known.clear()
-        self._around.release()
+        with self._lock:
+            self._known.clear()
+            self._around.release()
 
     def _key(self, kind: Hashable, tensors: Iterable[Tensor]) -> Hashable:
         """All that decides which steps are taken."""
         same, held = self._around.now()
-        casts = [torch.is_autocast_enabled(x) and torch.get_autocast_dtype(x) for x in _AUTOCAST]
+        casts = [torch.is_autocast_enabled(x) and torch.get_autocast_dtype(x) for x in _DEVICES]
         how = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), *casts)
         cells = [x.untyped_storage()._cdata for x in tensors]  # noqa: SLF001
         shared = tuple(map(cells.index, cells))
@@ -193,7 +197,10 @@ class Traced(Generic[Result]):
 
     def _refuse_changes(self, before: list[object]) -> None:
         """Refuse a model that changes while it runs, which a trace would leave out."""
-        after = self._around.state()
+        try:
+            after = self._around.state()
+        except TooMuchError:
+            after = []
         if after is before or (len(after) == len(before) and all(a is b for a, b in zip(after, before, strict=True))):
             return
         place = next(k for k, (a, b) in enumerate(itertools.zip_longest(after, before)) if a is not b)
@@ -204,7 +211,7 @@ class Traced(Generic[Result]):
         )
 
 
-_AUTOCAST = ("cpu", "cuda")
+_DEVICES = ("cpu", "cuda")
 
 
 def _kind_of(value: object, tensors: list[Tensor]) -> Hashable:
@@ -215,8 +222,12 @@ def _kind_of(value: object, tensors: list[Tensor]) -> Hashable:
             tensors.append(value)
         return type(value), place
     if isinstance(value, Mapping):
-        own = [(key, x) for key, x in getattr(value, "__dict__", {}).items() if type(x) in _PLAIN]
-        return type(value), *own, *((key, _kind_of(item, tensors)) for key, item in value.items())
+        own = {
+            key: x for key, x in getattr(value, "__dict__", {}).items() if not key.startswith("_") and x is not value.get(key)
+        }
+        own.pop("data", None)
+        if all(type(x) in _PLAIN for x in own.values()):
+            return type(value), repr(own), *((key, _kind_of(item, tensors)) for key, item in value.items())
     if isinstance(value, tuple | list) and not getattr(value, "__dict__", None):
         return type(value), *(_kind_of(item, tensors) for item in value)
     if type(value) in _PLAIN:
