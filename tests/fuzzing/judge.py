@@ -54,9 +54,10 @@ def _judge(case):
     net, x = case.network()
     try:
         input_grad = _plain(net, case, x)
-        wanted = _loop(net, case, x)
         for other in _others(x) if case.how == TRACED else ():
+            # which may make parameters of their own
             net.losses(other)
+        wanted = _loop(net, case, x)
     except PLAIN_ERRORS as error:
         return Verdict("invalid", f"{type(error).__name__} {short(error)}"), net.ran
     if not wanted or not all(rows.isfinite().all() for rows in wanted.values()):
