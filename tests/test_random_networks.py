@@ -113,15 +113,24 @@ def test_every_trap_is_exact_or_refused(name):
     assert kinds["refused"] > 0
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_programs_are_exact_or_refused(part):
+def counted(cases):
+    """How many of each kind, of programs of which none may be wrong."""
     counts, bad = Counter(), []
-    for index in range(part * PROGRAMS // PARTS, (part + 1) * PROGRAMS // PARTS):
-        case = draw(0, index)
+    for case in cases:
         verdict = judge(case)
         counts[verdict.kind, verdict.harmful] += 1
         bad += [f"{verdict.kind}, {verdict.said}: {shown(case)}"] * verdict.bad
     assert not bad, "\n".join(bad)
+    return counts
+
+
+def share(part, of):
+    return range(part * of // PARTS, (part + 1) * of // PARTS)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_programs_are_exact_or_refused(part):
+    counts = counted(draw(0, index) for index in share(part, PROGRAMS))
     # being exact by refusing everything would be no success
     exact, refused = counts["exact", False], counts["refused", False]
     assert refused <= 0.1 * (exact + refused)
@@ -131,13 +140,7 @@ def test_programs_are_exact_or_refused(part):
 @pytest.mark.parametrize("part", range(PARTS))
 def test_traced_programs_are_exact_or_refused(part):
     """A trace that was made of other data gives what the loop gives."""
-    counts, bad = Counter(), []
-    for index in range(part * PROGRAMS // (3 * PARTS), (part + 1) * PROGRAMS // (3 * PARTS)):
-        case = draw(1, index).but(how=TRACED, wants=False)
-        verdict = judge(case)
-        counts[verdict.kind, verdict.harmful] += 1
-        bad += [f"{verdict.kind}, {verdict.said}: {shown(case)}"] * verdict.bad
-    assert not bad, "\n".join(bad)
+    counts = counted(draw(1, index).but(how=TRACED, wants=False) for index in share(part, PROGRAMS // 3))
     exact, refused = counts["exact", False], counts["refused", False]
     # what reads a value of the batch
     assert refused <= 0.35 * (exact + refused)

@@ -354,6 +354,11 @@ def whole(x: Tensor) -> Axis:
 _NESTED = (tuple, list, dict, slice)
 
 
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, *default: Any) -> Any:
+    """An argument of a call, given by its place or by its name; without a default it must be there."""
+    return args[place] if place < len(args) else kwargs.get(name, *default) if default else kwargs[name]
+
+
 def tensors_in(value: object) -> list[Tensor]:
     """All tensors in nested tuples, lists and dictionaries."""
     found: list[Tensor] = []

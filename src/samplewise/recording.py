@@ -32,7 +32,7 @@ from .attaching import (
     refuse_unseen,
     trainable,
 )
-from .axes import Axis, Call, Lost, tensors_in
+from .axes import Axis, Call, Lost, argument, tensors_in
 from .buffers import keep_freed_memory
 from .by_rule import as_before
 from .collecting import Collector, Shared, of_parameter
@@ -204,9 +204,9 @@ class Recording(Known, TorchFunctionMode):
                 out = self._through(func, inner, args, kwargs)
             if func is torch.autograd.backward and self.collector.empty and not in_backward():
                 # of another model it is no backward of this one
-                self.begun = self.begun and not self.leaves_elsewhere(_argument(args, kwargs, 0, "tensors"))
+                self.begun = self.begun and not self.leaves_elsewhere(argument(args, kwargs, 0, "tensors"))
             if func is torch.autograd.grad:
-                ys, xs, vs = (_argument(args, kwargs, k, name, None) for k, name in enumerate(_OF_GRAD))
+                ys, xs, vs = (argument(args, kwargs, k, name, None) for k, name in enumerate(_OF_GRAD))
                 self.note_gradients(ys, xs, vs, out)
             if out is not NotImplemented:
                 return out
@@ -215,9 +215,9 @@ class Recording(Known, TorchFunctionMode):
     def _check_derivative(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse derivatives that would not be what they are without a recording, before they are taken."""
         if func is torch.autograd.grad:
-            self._refuse_ordinary(_argument(args, kwargs, 0, "outputs"), _argument(args, kwargs, 1, "inputs"))
+            self._refuse_ordinary(argument(args, kwargs, 0, "outputs"), argument(args, kwargs, 1, "inputs"))
             return
-        losses = _argument(args, kwargs, 0, "tensors")
+        losses = argument(args, kwargs, 0, "tensors")
         if not in_backward():
             self._check_losses(losses)
         self._look_for_unseen(losses)
@@ -253,7 +253,7 @@ class Recording(Known, TorchFunctionMode):
     def _run(self, func: Callable[..., Any], op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One op that reaches C++."""
         if op.name in OF_CLASSES:
-            self.assume_constant(_argument(args, kwargs, *OF_CLASSES[op.name], None))
+            self.assume_constant(argument(args, kwargs, *OF_CLASSES[op.name], None))
         key = None if self.n is None else key_of(op, self.n, args, kwargs, self.kind)
         out = self._like_before(func, args, kwargs, key)
         if out is not NotImplemented:
@@ -492,10 +492,6 @@ class Recording(Known, TorchFunctionMode):
         self.refuse_new_parameters()
         for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
             refuse_loss(self.kind(loss), self.loss_reduction)
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, *default: Any) -> Any:
-    return args[place] if place < len(args) else kwargs.get(name, *default) if default else kwargs[name]
 
 
 _DERIVATIVES = (torch.autograd.backward, torch.autograd.grad)
