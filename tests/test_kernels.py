@@ -107,12 +107,11 @@ for c, o, size, kernel, stride, padding, dilation in [
     y = convolution(x.double(), weight, None, stride, padding, dilation)
     grad = torch.randn_like(y).half()
     wanted = torch.stack([torch.autograd.grad(y[i], weight, grad[i].double(), retain_graph=True)[0] for i in range(2)])
-    settings = stride, padding, dilation
     out = torch.full((2, *weight.shape), float("nan")).half()
-    squares = kernels.patch_products(grad, x, weight.shape, settings, out)
+    squares = kernels.patch_products(grad, x, weight.shape, stride, padding, dilation, out)
     near(out, wanted, 2e-3)
     near(squares, wanted.flatten(1).square().sum(1), 1e-5)
-    near(kernels.patch_products(grad, x, weight.shape, settings), wanted.flatten(1).square().sum(1), 1e-5)
+    near(kernels.patch_products(grad, x, weight.shape, stride, padding, dilation), wanted.flatten(1).square().sum(1), 1e-5)
 for n, t, d in [(3, 5, 7), (2, 200, 70), (1, 1, 1), (2, 3, 768)]:
     grad, x = torch.randn(2, n, t, d).half()
     mean, rstd = torch.randn(n, t, 1), torch.rand(n, t, 1)

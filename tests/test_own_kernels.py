@@ -30,11 +30,10 @@ class InTorch:
         self.calls["gram_norms"] += 1
         return (left.mT @ right).flatten(1).square().sum(1)
 
-    def patch_products(self, grad, image, shape, settings, out=None) -> Tensor:
+    def patch_products(self, grad, image, shape, stride, padding, dilation, out=None) -> Tensor:
         self.calls["patch_products"] += 1
         assert grad.is_contiguous()
         assert image.is_contiguous()
-        stride, padding, dilation = settings
         zeros = [0] * len(stride)
         found = torch.stack(
             [

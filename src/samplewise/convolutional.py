@@ -157,7 +157,7 @@ class Convolution(Factor):
         """Squared norms, `(n,)`; the gradients are written into `out`, `(n, *shape)`, if it is given."""
         kernels, settings = self._own_kernels(), (self.stride, self.padding, self.dilation)
         assert kernels is not None
-        found: Tensor = kernels.patch_products(self.grad.contiguous(), self.input.contiguous(), self.shape, settings, out)
+        found: Tensor = kernels.patch_products(self.grad.contiguous(), self.input.contiguous(), self.shape, *settings, out)
         return found
 
     def _write_by_own_kernel(self, out: Tensor) -> Tensor:

@@ -1,23 +1,46 @@
 """Triton kernels for CUDA, where torch's own are more than a fifth from what the device can do (docs/gpu.md says by how much).
 
 Each does in one pass what functions of torch do beside it: Grams and their product, the weight gradients of a convolution without patches
-in memory, the sums that scale and shift of a norm have as gradients, rows times weights, and products of weights and rows.
+in memory, the sums that scale and shift of a norm have as gradients, rows times weights, and products of weights and rows. They are ops
+of torch, so that traces and profilers hear of them.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Stride, padding and dilation.
-Settings = tuple[Sequence[int], Sequence[int], Sequence[int]]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+_OPS = torch.library.Library("samplewise", "FRAGMENT")
 # Places within a sample are counted in 32 bits.
 _MOST = 2**31
 # Numbers that a program of a pass over memory works on at once.
 _PASS = 4096
+
+
+def op(schema: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Make an op of torch of a function, by the schema of its arguments and results."""
+
+    def made(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        name = function.__name__
+        _OPS.define(name + schema)
+        _OPS.impl(name, function, "CompositeExplicitAutograd")
+        called = getattr(torch.ops.samplewise, name).default
+
+        @functools.wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            result: Result = called(*args, **kwargs)
+            return result
+
+        return call
+
+    return made
 
 
 def takes(x: Tensor) -> bool:
@@ -26,6 +49,7 @@ def takes(x: Tensor) -> bool:
     return max(reach, math.prod(x.shape[1:])) < _MOST
 
 
+@op("(Tensor left, Tensor right) -> Tensor")
 def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     """`sum_{t,s} (left[t] · left[s]) (right[t] · right[s])`, `(m,)` in float32, of `(m, t, o)` and `(m, t, i)` in half precision.
 
@@ -53,14 +77,25 @@ def gram_norms(left: Tensor, right: Tensor) -> Tensor:
     return parts.sum(1)
 
 
-def patch_products(grad: Tensor, image: Tensor, shape: Sequence[int], settings: Settings, out: Tensor | None = None) -> Tensor:
+@op("(Tensor grad, Tensor image, int[] shape, int[] stride, int[] padding, int[] dilation, Tensor(a!)? out=None) -> Tensor")
+def patch_products(
+    grad: Tensor,
+    image: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out: Tensor | None = None,
+) -> Tensor:
     """`sum_p grad[n,o,p] patch[n,p,j]` for each channel and tap j: the weight gradients of a convolution, and no patch is written.
 
     Args:
         grad: `(n, o, *space)` contiguous, of one to three axes of space, in half precision.
         image: `(n, c, *sizes)` contiguous, of the same type.
         shape: Of the gradients, `(o, c, *kernel)`.
-        settings: Stride, padding and dilation, along each axis.
+        stride: Along each axis, as are padding and dilation.
+        padding: Zeros around the image.
+        dilation: Between taps.
         out: `(n, *shape)` contiguous, for the gradients; without it they are not written.
 
     Returns:
@@ -71,11 +106,11 @@ def patch_products(grad: Tensor, image: Tensor, shape: Sequence[int], settings: 
     block, block_p, warps, stages = (64, 64, 4, 1) if o <= 64 else (128, 32, 8, 3)
     blocks = triton.cdiv(o, block) * triton.cdiv(columns, block)
     parts = torch.empty(n, blocks, dtype=torch.float32, device=grad.device)
-    stride, padding, dilation = (_three(x, other) for x, other in zip(settings, (1, 0, 1), strict=True))
+    settings = (*_three(stride, 1), *_three(padding, 0), *_three(dilation, 1))
     with torch.cuda.device(grad.device):
         _patch_products[n * blocks,](
             *(grad, image, grad if out is None else out, parts, o, math.prod(space), columns, blocks, c),
-            *(*_three(space, 1)[1:], *_three(sizes, 1), *_three(shape[2:], 1), *stride, *padding, *dilation),
+            *(*_three(space, 1)[1:], *_three(sizes, 1), *_three(shape[2:], 1), *settings),
             *(block, block_p, len(space) == 3, out is not None),
             num_warps=warps,
             num_stages=stages,
@@ -88,6 +123,7 @@ def _three(values: Sequence[int], other: int) -> tuple[int, ...]:
     return (*[other] * (3 - len(values)), *values)
 
 
+@op("(Tensor grad, Tensor input, Tensor mean, Tensor rstd, *, bool by_position) -> (Tensor, Tensor)")
 def norm_sums(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, *, by_position: bool) -> tuple[Tensor, Tensor]:
     """`sum_p grad[n,k,p] (input[n,k,p] - mean) rstd` and `sum_p grad[n,k,p]`, `(n, k)`: the gradients of a norm's scale and shift.
 
@@ -112,6 +148,7 @@ def norm_sums(grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor, *, by_pos
     return scale, shift
 
 
+@op("(Tensor weights, Tensor rows) -> Tensor")
 def scaled(weights: Tensor, rows: Tensor) -> Tensor:
     """`weights[n] rows[n]`, of `(n, p)` contiguous."""
     (n, p), out = rows.shape, torch.empty_like(rows)
@@ -121,6 +158,7 @@ def scaled(weights: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
+@op("(Tensor weights, Tensor rows) -> Tensor")
 def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
     """`sum_n weights[n] rows[n]`, `(p,)`, of `(n, p)` contiguous: read once, added up in float32."""
     n, p = rows.shape

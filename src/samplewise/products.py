@@ -68,15 +68,10 @@ def unobserved(*given: object) -> bool:
     return not any(issubclass(kind, Tensor) for kind in set(map(type, given)) - _PLAIN)
 
 
-def _launches(*given: Tensor) -> bool:
-    """Whether a kernel may be launched that is no op of torch, of which a trace would not hear."""
-    return unobserved(*given) and not torch._C._len_torch_dispatch_stack()  # noqa: SLF001
-
-
 def own_kernels(*given: Tensor) -> ModuleType | None:
-    """Our own kernels, where they may take some tensors: of one type of half precision, on one GPU, and no graph or trace is made."""
+    """Our own kernels, where they may take some tensors: of one type of half precision, on one GPU, and no graph is made."""
     first = given[0]
-    if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled() or not _launches(*given):
+    if first.device.type != "cuda" or first.dtype not in HALF or torch.is_grad_enabled() or not unobserved(*given):
         return None
     kernels = None if in_transform() else _kernels(first.device, first.dtype)
     alike = all(x.numel() and x.dtype is first.dtype and x.device == first.device for x in given)
@@ -85,7 +80,7 @@ def own_kernels(*given: Tensor) -> ModuleType | None:
 
 def has_own_kernels(like: Tensor) -> bool:
     """Whether there are kernels of our own for the device and the type of a tensor."""
-    if like.device.type != "cuda" or like.dtype not in HALF or in_transform() or not _launches(like):
+    if like.device.type != "cuda" or like.dtype not in HALF or in_transform() or not unobserved(like):
         return False
     return _kernels(like.device, like.dtype) is not None
 
