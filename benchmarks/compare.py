@@ -28,6 +28,7 @@ from peers import (
     CLIPPED,
     FLOOR,
     GRADS,
+    GRAPH,
     INTO,
     LOOP,
     OURS,
@@ -170,19 +171,34 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 def timed(cells: list[Cell], problem: Problem, repeats: int, budget: float, device: str) -> list[Cell]:
     """The cells that have no trouble, with their times."""
     good = {(c.system, c.quantity): c for c in [Cell(PLAIN, PLAIN), *cells] if not c.trouble}
-    runs = {method: prepared(method, problem) for method in good}
+    runs = {method: prepared(method, problem) for method in good if method[0] != GRAPH}
     for method, pairs in rounds(runs, repeats, budget, device).items():
-        cell = good[method]
-        cell.ms = 1e3 * statistics.median(taken for taken, _ in pairs)
-        cell.ratio = spread([ratio for _, ratio in pairs])
-        cell.rounds = len(pairs)
+        note(good[method], pairs)
+    del runs
+    for method in [method for method in good if method[0] == GRAPH]:
+        # a graph keeps the memory of a step: one at a time
+        tidy()
+        run, plain = prepared(method, problem), prepared((PLAIN, PLAIN), problem)
+        each = [(seconds(run, device, IN_A_ROW), seconds(plain, device, IN_A_ROW)) for _ in range(repeats)]
+        note(good[method], [(taken, taken / base) for taken, base in each])
+        del run
     return list(good.values())
+
+
+def note(cell: Cell, pairs: list[tuple[float, float]]) -> None:
+    """The times of a cell, of (seconds, ratio to the plain step of the round)."""
+    cell.ms = 1e3 * statistics.median(taken for taken, _ in pairs)
+    cell.ratio = spread([ratio for _, ratio in pairs])
+    cell.rounds = len(pairs)
 
 
 def capture_timed(cells: list[Cell], problem: Problem, repeats: int) -> None:
     """The same methods replayed from CUDA graphs, each beside the plain step's."""
     plain = captured(prepared((PLAIN, PLAIN), problem))
     for cell in cells:
+        if cell.system in {TRACED, GRAPH}:
+            # the same kernels as ours, which are measured
+            continue
         if cell.ratio is not None and cell.ratio[0] > SLOW:
             cell.uncaptured = "too slow"
             continue
@@ -230,7 +246,7 @@ def measured(workload: str, place: Place, repeats: int, budget: float) -> Iterat
 
     yield known()
     say(f"{workload}: memory of {len(good)} methods")
-    own = [cell for cell in good if cell.system in {PLAIN, OURS, TRACED}]
+    own = [cell for cell in good if cell.system in {PLAIN, OURS, TRACED, GRAPH}]
     others = [cell for cell in good if cell not in own]
     for some, processes in ((own, 3), (others, 1)):
         if place.device == "cpu":
@@ -334,7 +350,7 @@ PAGE = """# Performance
 Time over that of the plain step (forward, and backward with ordinary gradients) of the same round: median, quartiles in brackets.
 Below 1 is faster than a plain step. "{into}" means the caller's own `(n, *shape)` buffers, filled again in each step;
 "{floor}" is the time to fill them with a constant: nothing that materialises gradients can be faster. "{traced}" is
-`samplewise.traced` after the calls in which it makes its trace. Empty cells do not apply.
+`samplewise.traced` after the calls in which it makes its trace{graph}. Empty cells do not apply.
 
 {times}
 
@@ -385,6 +401,9 @@ def markdown(results: list[Figures], conditions: dict[str, Any], chart: str) -> 
         into=INTO,
         floor=FLOOR,
         traced=TRACED,
+        graph=f', "{GRAPH}" the same with a CUDA graph, beside the plain step as Python launches it'
+        if GRAPH in SYSTEMS
+        else "",
         times=table(results, lambda f: f"{f['name']} ({f['plain']['ms']:.1f} ms)", time_shown),
         captured=captured_section(results) if conditions["device"] == "cuda" else "",
         memory=(ALLOCATED if conditions["device"] == "cuda" else RESIDENT).format(

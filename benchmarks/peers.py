@@ -130,25 +130,26 @@ def our_gradients_into(p: Problem) -> Grads:
 
 
 def traced(
-    quantity: str, function: Callable[..., object], options: Callable[[Problem], dict[str, object]]
+    quantity: str, function: Callable[..., object], options: Callable[[Problem], dict[str, object]], *, capture: bool
 ) -> Callable[[Problem], Result]:
     """A quantity that is traced once for a problem."""
 
     def method(p: Problem) -> Result:
         if quantity not in p.traces:
-            p.traces[quantity] = sw.traced(function, p.model, p.loss_fn, **options(p))
+            p.traces[quantity] = sw.traced(function, p.model, p.loss_fn, capture=capture, **options(p))
         found = p.traces[quantity](p.batch)
         return found[0] if isinstance(found, tuple) else found
 
     return method
 
 
-OUR_TRACES = {
-    NORMS: traced(NORMS, sw.per_sample_norms, lambda _: {}),
-    CLIPPED: traced(CLIPPED, sw.clipped_grads, lambda p: {"max_grad_norm": p.limit}),
-    GRADS: traced(GRADS, sw.per_sample_grads, lambda _: {}),
-    INTO: traced(INTO, sw.per_sample_grads, lambda p: {"out": p.buffers}),
-}
+def our_traces(*, capture: bool) -> dict[str, Callable[[Problem], Result]]:
+    return {
+        NORMS: traced(NORMS, sw.per_sample_norms, lambda _: {}, capture=capture),
+        CLIPPED: traced(CLIPPED, sw.clipped_grads, lambda p: {"max_grad_norm": p.limit}, capture=capture),
+        GRADS: traced(GRADS, sw.per_sample_grads, lambda _: {}, capture=capture),
+        INTO: traced(INTO, sw.per_sample_grads, lambda p: {"out": p.buffers}, capture=capture),
+    }
 
 
 def write(p: Problem) -> Grads:
@@ -285,10 +286,13 @@ def backpack_norms(p: Problem) -> Tensor:
 
 
 OURS, TRACED, LOOP, FLOOR = "samplewise", "samplewise, traced", "loop", "write n P floats"
+# where there is CUDA
+GRAPH = "samplewise, capture=True"
 SYSTEMS: dict[str, System] = {
     PLAIN: System({PLAIN: plain}),
     OURS: System({NORMS: our_norms, CLIPPED: our_clipped, GRADS: our_gradients, INTO: our_gradients_into}),
-    TRACED: System(OUR_TRACES, before=3),
+    TRACED: System(our_traces(capture=False), before=3),
+    **({GRAPH: System(our_traces(capture=True), before=4)} if torch.cuda.is_available() else {}),
     LOOP: System({NORMS: loop_norms, CLIPPED: loop_clipped, GRADS: loop_gradients}),
     "Expanded Weights": System(all_from(expanded_weights)),
     "vmap(grad)": System(all_from(by_vmap)),

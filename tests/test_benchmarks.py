@@ -18,8 +18,8 @@ import growth
 import limits
 import workloads
 from cells import MIB, Place, Question, first_line, memories
-from compare import Cell, judged, markdown, relative_error, rounds, spread, write
-from peers import CLIPPED, FLOOR, GRADS, INTO, LOOP, NORMS, OURS, PLAIN, SYSTEMS, TRACED, Problem, System, clip, norms_of
+from compare import Cell, judged, markdown, relative_error, rounds, spread, timed, write
+from peers import CLIPPED, FLOOR, GRADS, GRAPH, INTO, LOOP, NORMS, OURS, PLAIN, SYSTEMS, TRACED, Problem, System, clip, norms_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -163,6 +163,29 @@ def test_rounds(monkeypatch):
     assert [calls.count(method) for method in taken] == [7, 6, 4]
     assert calls[:5] == [(PLAIN, PLAIN), *taken, (PLAIN, PLAIN)]
     assert {len(pairs) for pairs in rounds(runs, repeats=5, budget=-1.0, device="cpu").values()} == {3}
+
+
+def test_graphs_are_timed_one_at_a_time(monkeypatch):
+    """Each keeps the memory of a step."""
+    alive, most = [], []
+
+    class Run:
+        def __init__(self, method):
+            self.method = method
+            alive.append(method)
+            most.append(sum(system == GRAPH for system, _ in alive))
+
+        def __call__(self):
+            return {PLAIN: 2.0, OURS: 3.0, GRAPH: 1.0}[self.method[0]]
+
+        def __del__(self):
+            alive.remove(self.method)
+
+    monkeypatch.setattr(compare, "seconds", lambda run, *_: run())
+    monkeypatch.setattr(compare, "prepared", lambda method, _: Run(method))
+    found = timed([Cell(system, quantity) for system in (OURS, GRAPH) for quantity in (NORMS, CLIPPED)], None, 3, 9.0, "cpu")
+    assert [(c.ms, c.ratio[0], c.rounds) for c in found] == [(2e3, 1, 3), *[(3e3, 1.5, 3)] * 2, *[(1e3, 0.5, 3)] * 2]
+    assert max(most) == 1
 
 
 def test_spread():

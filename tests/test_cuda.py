@@ -243,7 +243,7 @@ def test_a_trace(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     model, losses, batch = problem(name)
     model = model.to(dtype)
     run = sw.traced(sw.clipped_grads, model, losses, max_grad_norm=0.5)
-    near = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.01)
+    near = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.05)
     for k in range(5):
         fed = tuple(x.roll(k, 0) for x in batch)
         (sums, norms), (wanted, wanted_norms) = run(fed), sw.clipped_grads(model, losses, fed, max_grad_norm=0.5)
@@ -278,7 +278,7 @@ def test_a_trace_does_not_wait_and_can_be_captured(name: str, dtype: torch.dtype
         x.copy_(new)
     (sums, norms), _ = replay()
     wanted, wanted_norms = sw.clipped_grads(model, losses, other, max_grad_norm=0.5)
-    near = 0.01 if dtype is torch.bfloat16 else 1e-3
+    near = 0.05 if dtype is torch.bfloat16 else 1e-3
     torch.testing.assert_close(norms, wanted_norms, rtol=near, atol=0)
     for key, total in wanted.items():
         assert (sums[key].double() - total.double()).norm() <= near * total.double().norm(), key
@@ -296,6 +296,113 @@ def test_a_trace_draws_on_the_device() -> None:
         torch.testing.assert_close(found, sw.per_sample_norms(model, lambda m, x: m(x).square().sum(1), batch))
     assert the_trace(run)
     assert not torch.equal(run(batch), run(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["text", "tied", "turned", "images"])
+def test_a_trace_as_a_graph(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several sizes of batches, while parameters are trained; earlier results stay as they were."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, losses, batch = problem(name)
+    model, near = model.to(dtype), {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.05)
+    run = sw.traced(sw.clipped_grads, model, losses, capture=True, max_grad_norm=0.5)
+    kept = []
+    for k in range(12):
+        fed = tuple(x.roll(k, 0)[: N - k % 2] for x in batch)
+        kept.append((run(fed), sw.clipped_grads(model, losses, fed, max_grad_norm=0.5)))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.99)
+    assert [trace._replay is not None for known in run._known.values() for trace in known.sure] == [True, True]
+    for (sums, norms), (wanted, wanted_norms) in kept:
+        torch.testing.assert_close(norms.double(), wanted_norms.double(), rtol=near, atol=0)
+        for key, total in wanted.items():
+            assert (sums[key].double() - total.double()).norm() <= near * total.double().norm(), key
+
+
+def test_a_graph_does_not_wait_and_is_ordered_with_other_streams() -> None:
+    model, losses, batch = problem("text")
+    run = sw.traced(sw.clipped_grads, model, losses, capture=True, max_grad_norm=0.5)
+    for _ in range(5):
+        run(batch)
+    wanted = [sw.clipped_grads(model, losses, tuple(x.roll(k, 0) for x in batch), max_grad_norm=0.5) for k in range(6)]
+    fed = [tuple(x.roll(k, 0) for x in batch) for k in range(6)]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = []
+        for k in range(6):
+            with torch.cuda.stream(streams[k % 3]):
+                found.append(run(fed[k]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_graph_draws_as_a_recording_does() -> None:
+    """And does not draw when it is captured."""
+    model = nn.Sequential(nn.Linear(6, 50), nn.Dropout(0.5), nn.Linear(50, 2)).to(DEVICE)
+    batch = torch.randn(N, 6, device=DEVICE)
+    run = sw.traced(sw.per_sample_norms, model, lambda m, x: m(x).square().sum(1), capture=True)
+    for k in range(8):
+        torch.manual_seed(k)
+        found = run(batch), run(batch)
+        torch.manual_seed(k)
+        wanted = [sw.per_sample_norms(model, lambda m, x: m(x).square().sum(1), batch) for _ in range(2)]
+        torch.testing.assert_close(found, tuple(wanted))
+
+
+def test_a_graph_writes_statistics_and_buffers_once() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(6).eval().requires_grad_(requires_grad=False), nn.Linear(6, 3)).to(DEVICE)
+    model.register_buffer("steps", torch.zeros((), device=DEVICE))
+    batch = torch.randn(N, 6, device=DEVICE)
+    out = {name: torch.zeros(N, *p.shape, device=DEVICE) for name, p in model.named_parameters() if p.requires_grad}
+
+    def losses(m: nn.Module, x: Tensor) -> Tensor:
+        m.steps.add_(1)
+        return m(x).square().sum(1) * torch.tensor(2.0)
+
+    run = sw.traced(sw.per_sample_grads, model, losses, capture=True, out=out)
+    for k in range(1, 8):
+        found = run(batch * k)
+        assert model.steps.item() == k
+        assert all(found[name] is out[name] for name in out)
+        before = {name: x.clone() for name, x in out.items()}
+        torch.testing.assert_close(before, sw.per_sample_grads(model, losses, batch * k))
+        model.steps.sub_(1)
+
+
+def test_what_a_graph_refuses() -> None:
+    model, batch = nn.Linear(6, 3).to(DEVICE), torch.randn(N, 6, device=DEVICE)
+    refused = {
+        "found cpu and cuda:0": lambda m, x: m(x).square().sum(1) * torch.rand(()),
+        "CUDA refuses": lambda m, x: m(x).square().sum(1) * torch.full((), 2.0).to(DEVICE),
+    }
+    for message, losses in refused.items():
+        run = sw.traced(sw.per_sample_norms, model, losses, capture=True)
+        with pytest.raises(sw.UnsupportedOpError, match=message):
+            list(map(run, [batch] * 5))
+        # the device goes on
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        sw.per_sample_norms(model, lambda m, x: m(x).square().sum(1), batch).sum().item()
+
+
+def test_memory_of_graphs_is_given_back() -> None:
+    model, losses, batch = problem("text")
+    sw.clipped_grads(model, losses, batch, max_grad_norm=1.0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    run = sw.traced(sw.clipped_grads, model, losses, capture=True, max_grad_norm=1.0)
+    for _ in range(6):
+        run(batch)
+    held = torch.cuda.memory_allocated()
+    assert held > before
+    run.release()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
 
 
 def test_rates_are_measured() -> None:

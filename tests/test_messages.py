@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import samplewise as sw
-from samplewise import errors, testing
+from samplewise import captured, errors, testing
 from samplewise.factors import Dense, Factor
 from samplewise.registry import EXPANSIONS, RULES, operation
 
@@ -387,8 +388,16 @@ def thrice(losses, n=N):
         run(x(n, D))
 
 
-def again(quantity):
-    run = sw.traced(quantity, linear(), squares)
+def not_captured():
+    def wait():
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
+
+    with patch.multiple(torch.cuda, **dict.fromkeys(("CUDAGraph", "current_stream", "stream", "graph"), MagicMock())):
+        captured._captured(wait, SimpleNamespace(handle=None))
+
+
+def again(quantity, **options):
+    run = sw.traced(quantity, linear(), squares, **options)
     for _ in range(3):
         run(x())
 
@@ -1189,6 +1198,15 @@ CASES: dict[str, Case] = {
     ),
     "tracer.Tracer._refuse_result: an object": Case(
         lambda: again(lambda m, losses, b: object()), "^traced: ", "hold a object", "tensors and numbers"
+    ),
+    "captured.refuse_uncaptured: on the CPU": Case(
+        lambda: again(sw.per_sample_norms, capture=True),
+        "^traced: with capture=True",
+        "on one CUDA device, found cpu",
+        "Leave out capture=True",
+    ),
+    "captured._captured: it waits": Case(
+        not_captured, "^traced: CUDA refuses", "operation not permitted", "Leave out capture=True"
     ),
     "verification._batch_size: no tensors": Case(
         lambda: sw.verify(linear(), squares, [3.0]), "^verify: ", "none", "at least one tensor with samples", kind=ValueError

@@ -1,23 +1,23 @@
 """The ops of one call, noted in their order, as a graph that runs them again: what a recording came to, without the recording."""
 
-import contextlib
 import itertools
 import operator
 import random
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .axes import swapped, tensors_in
 from .errors import UnsupportedOpError
 from .notes import Notes
-from .running import Watching, unrecorded
+from .running import Watching
 from .straight import compiled
+from .trace import Questions, Trace, layout, memory
 
 # Of other arguments than tensors: what is the same in every process and at every time.
 _PLAIN = (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -30,71 +30,6 @@ _RUNNING = frozenset(
     getattr(torch.ops.aten, name).default for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 )
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-_PLAINLY = torch._C._AutoDispatchBelowADInplaceOrView  # noqa: SLF001
-
-
-class Questions(NamedTuple):
-    """What the call asked of its batch alone, such as `if mask.all()`, and the answers that it got."""
-
-    # one after another: after another answer the next may make no sense
-    asked: Sequence[Callable[..., Tensor]]
-    # tensors made of numbers of Python's, for each
-    held: Sequence[Sequence[Tensor]]
-    answers: tuple[bool, ...]
-
-    def fit(self, given: Sequence[Tensor]) -> bool:
-        """Whether another batch gives the same answers."""
-        if not self.answers:
-            return True
-        with unrecorded():
-            asked = zip(self.asked, self.held, self.answers, strict=True)
-            return all(bool(ask(*given, *held)) is answer for ask, held, answer in asked)
-
-
-class Trace(NamedTuple):
-    """A call that can run again."""
-
-    run: Callable[..., Sequence[Tensor]]
-    # the same for calls that take the same steps
-    code: str
-    # what the call used beside the tensors that it was given: parameters, buffers, and others made before it
-    held: Sequence[Tensor]
-    # which of them it made itself, of Python's numbers
-    literals: frozenset[int]
-    # how the results are put together, of tensors and of what is no tensor
-    spec: TreeSpec
-    rest: Mapping[int, Any]
-    # whether it writes to memory that it did not make
-    writes: bool
-    questions: Questions
-    # what it holds that nobody else looks after, and its layouts
-    loose: Sequence[Tensor]
-    layouts: Sequence[Hashable]
-
-    def fits(self, given: Sequence[Tensor]) -> bool:
-        """Whether it holds for a batch: what it holds is as it was, and the batch answers as the one that was traced."""
-        return list(map(layout, self.loose)) == self.layouts and self.questions.fit(given)
-
-    def __call__(self, given: Sequence[Tensor]) -> Any:
-        """Run it with other values of the tensors that it was given."""
-        with unrecorded(), contextlib.nullcontext() if self.writes else _PLAINLY():
-            tensors = iter(self.run(*given, *self.held))
-        leaves = [self.rest[k] if k in self.rest else next(tensors) for k in range(self.spec.num_leaves)]
-        return tree_unflatten(leaves, self.spec)
-
-    def differs(self, other: "Trace") -> str | None:
-        """A step in which another trace is not this one; None where there is none."""
-        pairs = zip(self.code.splitlines(), other.code.splitlines(), strict=False)
-        step = next((f"`{a.strip()}` and `{b.strip()}`" for a, b in pairs if a != b), None)
-        if step or self.code != other.code:
-            return step or "one of them has more steps"
-        for k, (a, b) in enumerate(zip(self.held, other.held, strict=True)):
-            if k not in self.literals and a is not b:
-                return f"a tensor of shape {tuple(b.shape)} made outside was another one"
-            if k in self.literals and not _same(a, b):
-                return f"a tensor of shape {tuple(b.shape)} made of numbers had other values"
-        alike = self.spec == other.spec and self.rest == other.rest
-        return None if alike else "the results were others beside their tensors"
 
 
 class Tracer(Watching):
@@ -127,7 +62,9 @@ class Tracer(Watching):
         self._elsewhere = _states_elsewhere()
         # those whose shape an op changed in place
         self._turned = set[fx.Node]()
-        self._writes = False
+        self._writes = set[int]()
+        # where there are numbers that vary
+        self._devices = set[torch.device]()
         self._asked: dict[fx.Node, bool] = {}
         # the memory of nodes, and what an op wrote to
         self._cells: dict[fx.Node, int] = {}
@@ -184,15 +121,18 @@ class Tracer(Watching):
         held, code = list(self._held.values()), _listing(self._graph)
         known = {id(x) for x in self._known}
         loose = [x for x in held if id(x) not in known]
-        return Trace(
-            compiled(self._graph), code, held, literals, spec, rest, self._writes, questions, loose, list(map(layout, loose))
+        layouts, devices = (
+            list(map(layout, loose)),
+            self._devices.union(x.device for k, x in enumerate(held) if k not in literals),
         )
+        ways = frozenset(self._writes), frozenset(devices)
+        return Trace(compiled(self._graph), code, held, literals, spec, rest, *ways, questions, loose, layouts)
 
     def varies(self, x: Tensor) -> bool:
         """Whether another call may find another value there."""
         if self._nodes.get(x) is None:
             return self._fresh.get(x) is None
-        return _memory(x) in self._varying
+        return memory(x) in self._varying
 
     def read(self, x: Tensor, how: str) -> None:
         """Refuse to read a value that varies."""
@@ -241,7 +181,7 @@ class Tracer(Watching):
         with self._graph.inserting_after(last) if last is not None else self._graph.inserting_before():
             node = self._last_placeholder = self._graph.placeholder(f"given{next(self._count)}")
         self._nodes[x] = node
-        cells = self._cells[node] = _memory(x)
+        cells = self._cells[node] = memory(x)
         self._varying.add(cells)
         self._outside.add(cells)
         if x.is_leaf and x.requires_grad:
@@ -267,8 +207,8 @@ class Tracer(Watching):
         if func in _RUNNING and args[5]:
             written = list(args[3:5])
         targets = tensors_in(written)
-        cells = set(map(_memory, targets))
-        self._writes = self._writes or not cells.isdisjoint(self._outside)
+        cells = set(map(memory, targets))
+        self._writes |= cells & self._outside
         self._varying |= cells if varies else set()
         self._written |= cells
         if torch.Tag.inplace_view in func.tags:
@@ -277,9 +217,10 @@ class Tracer(Watching):
     def _made(self, node: fx.Node, x: Tensor, *, varies: bool) -> None:
         if self._nodes.get(x) is None:
             self._nodes[x] = node
-        cells = self._cells[node] = _memory(x)
+        cells = self._cells[node] = memory(x)
         if varies:
             self._varying.add(cells)
+            self._devices.add(x.device)
         else:
             # of memory that something else had before
             self._varying.discard(cells)
@@ -444,26 +385,11 @@ def _listing(graph: fx.Graph) -> str:
     return "\n".join(f"%{k} = {node.target}({named(node.args)}, {named(node.kwargs)})" for node, k in numbers.items())
 
 
-def layout(x: Tensor) -> Hashable:
-    """All of a tensor but its values that the steps may depend on."""
-    hooked, attributes = bool(x._backward_hooks), len(x.__dict__)  # noqa: SLF001
-    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg(), hooked, attributes
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  (not a number)
-
-
 def _states_elsewhere() -> list[object]:
     """The states of Python's generator, and of numpy's where it is loaded."""
     numpy = sys.modules.get("numpy")
     kind, keys, *rest = numpy.random.get_state() if numpy is not None else (None, b"")
     return [random.getstate(), kind, bytes(keys), rest]
-
-
-def _memory(x: Tensor) -> int:
-    """Which memory a tensor is in, as far as that can be said."""
-    return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)  # noqa: SLF001
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:

@@ -16,11 +16,13 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
+from .captured import Captured, Pool, refuse_uncaptured
 from .errors import UnsupportedOpError, of_type
 from .running import in_transform, modes
 from .streaming import Batch, LossFunction
 from .surroundings import Surroundings, TooMuchError
-from .tracer import Reading, Trace, Tracer, layout
+from .trace import Trace, layout
+from .tracer import Reading, Tracer
 
 Result = TypeVar("Result")
 # What the key of a batch may hold as it is.
@@ -31,7 +33,9 @@ _MOST = 8
 _VAIN = 50
 
 
-def traced(quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunction, **options: Any) -> "Traced[Result]":
+def traced(
+    quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunction, *, capture: bool = False, **options: Any
+) -> "Traced[Result]":
     """`quantity(model, loss_fn, batch, **options)` for one batch after another, without what a recording costs each time.
 
     The first three batches of a kind (shapes, types, devices) are recorded as ever; two of them are traced on the way, op by op, and where
@@ -49,6 +53,9 @@ def traced(quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunct
             tensors.
         model: Any module, unmodified.
         loss_fn: `loss_fn(model, batch) -> (n,)` losses.
+        capture: Whether the ops of a trace are launched as a whole, as a CUDA graph, since a GPU is often faster than Python launches.
+            Model and batch must be on one CUDA device. The graphs keep the memory of a step, and results are copied out of it (not
+            where they are written into buffers of yours, by `out=`).
         options: Keyword arguments of `quantity`.
 
     Returns:
@@ -57,8 +64,9 @@ def traced(quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunct
     Raises:
         UnsupportedOpError: At a call that another batch might make otherwise: a value of the batch is read (`.item()`, boolean masks,
             packed sequences), two batches took different steps, the model changes an attribute while it runs, random numbers are drawn
-            twice (a checkpoint around dropout), or something outside of the model gets an ordinary gradient. Call `quantity` itself
-            then. A yes or no that is computed from the batch alone, `if mask.all()`, is no obstacle: it is asked of every batch.
+            twice (a checkpoint around dropout), or something outside of the model gets an ordinary gradient. With `capture`, also where
+            something is on another device, the batch is written to, or CUDA refuses. Call `quantity` itself then. A yes or no that is
+            computed from the batch alone, `if mask.all()`, is no obstacle: it is asked of every batch.
         TypeError: If a batch holds something else than tensors and plain values.
 
     Example:
@@ -69,7 +77,7 @@ def traced(quantity: Callable[..., Result], model: nn.Module, loss_fn: LossFunct
         torch.Size([4])
     """
     of_type("traced", model, "a model", nn.Module)
-    return Traced(functools.partial(quantity, model, loss_fn, **options))
+    return Traced(functools.partial(quantity, model, loss_fn, **options), capture=capture)
 
 
 @dataclass
@@ -80,13 +88,14 @@ class _Known:
     state: list[object]
     # one trace for each way that batches answer what is asked of them; and those of which a second one was the same
     first: dict[tuple[bool, ...], Trace] = field(default_factory=dict)
-    sure: list[Trace] = field(default_factory=list)
+    sure: list[Trace | Captured] = field(default_factory=list)
 
 
 class Traced(Generic[Result]):
     """A quantity of one batch after another. Made by `traced`."""
 
-    def __init__(self, run: functools.partial[Result]) -> None:
+    def __init__(self, run: functools.partial[Result], *, capture: bool = False) -> None:
+        self._pool = Pool() if capture else None
         self._run, self._around = run, Surroundings(run.func, *run.args, run.keywords)
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
         # calls in a row of which none was like one before
@@ -105,9 +114,9 @@ class Traced(Generic[Result]):
         with self._lock:
             return self._known_or_new(batch, kind, tensors)
 
-    def __reduce__(self) -> tuple[type["Traced[Result]"], tuple[functools.partial[Result]]]:
+    def __reduce__(self) -> tuple[Callable[..., "Traced[Result]"], tuple[object, ...]]:
         """Copies have traces of their own."""
-        return Traced, (self._run,)
+        return functools.partial(Traced, capture=self._pool is not None), (self._run,)
 
     def _known_or_new(self, batch: Batch, kind: Hashable, tensors: list[Tensor]) -> Result:
         try:
@@ -182,6 +191,8 @@ class Traced(Generic[Result]):
         torch.clear_autocast_cache()
         trace = tracer.result(result)
         self._refuse_changes(known.state)
+        if self._pool is not None:
+            refuse_uncaptured(trace, fed)
         first = known.first.pop(trace.questions.answers, None)
         step = None if first is None else first.differs(trace)
         if step is not None:
@@ -192,7 +203,7 @@ class Traced(Generic[Result]):
         if first is None:
             known.first = {**dict(list(known.first.items())[-_MOST:]), trace.questions.answers: trace}
         else:
-            known.sure = [*known.sure, trace][-_MOST:]
+            known.sure = [*known.sure, trace if self._pool is None else Captured(trace, self._pool)][-_MOST:]
         return result
 
     def _refuse_changes(self, before: list[object]) -> None:
