@@ -108,6 +108,8 @@ class _Replay:
                 stream.wait_event(self._pool.done)
             for own, x in zip(self._fed, given, strict=True):
                 _extent(own).copy_(_extent(x))
+                # or its memory could be another's before this stream has read it
+                own.record_stream(stream)
             self._graph.replay()
             copies = {id(x): x.clone() for x in self._found if memory(x) not in self._outside}
             self._pool.done = stream.record_event()
