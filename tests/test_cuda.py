@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 import samplewise as sw
 from models import MODELS
 from samples import EXACT, SLOW, Op
+from samplewise import captured as graphs
 from samplewise import testing
 from samplewise.products import HALF
 from samplewise.tracer import Trace
@@ -313,7 +314,7 @@ def test_a_trace_as_a_graph(name: str, dtype: torch.dtype, monkeypatch: pytest.M
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(0.99)
-    assert [trace._replay is not None for known in run._known.values() for trace in known.sure] == [True, True]
+    assert in_the_graph(run)
     for (sums, norms), (wanted, wanted_norms) in kept:
         torch.testing.assert_close(norms.double(), wanted_norms.double(), rtol=near, atol=0)
         for key, total in wanted.items():
@@ -376,18 +377,66 @@ def test_a_graph_writes_statistics_and_buffers_once() -> None:
 
 
 def test_what_a_graph_refuses() -> None:
-    model, batch = nn.Linear(6, 3).to(DEVICE), torch.randn(N, 6, device=DEVICE)
+    """Numbers on the CPU at once; what waits for the device before the first call that would be a replay."""
+    model, batch = nn.Linear(6, 6).to(DEVICE), torch.randn(N, 6, device=DEVICE)
     refused = {
         "found cpu and cuda:0": lambda m, x: m(x).square().sum(1) * torch.rand(()),
-        "CUDA refuses": lambda m, x: m(x).square().sum(1) * torch.full((), 2.0).to(DEVICE),
+        "wait for the device": lambda m, x: m(x).square().sum(1) * torch.full((), 2.0).to(DEVICE),
+        "wait for the device.*": lambda m, x: torch.linalg.inv(m(x).exp().diag_embed()).square().sum((1, 2)),
     }
     for message, losses in refused.items():
         run = sw.traced(sw.per_sample_norms, model, losses, capture=True)
         with pytest.raises(sw.UnsupportedOpError, match=message):
             list(map(run, [batch] * 5))
-        # the device goes on
-        assert torch.cuda.current_stream() == torch.cuda.default_stream()
-        sw.per_sample_norms(model, lambda m, x: m(x).square().sum(1), batch).sum().item()
+        assert_the_device_goes_on(model, batch)
+
+
+def assert_the_device_goes_on(model: nn.Module, batch: Tensor) -> None:
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    torch.rand(3, device=DEVICE).sum().item()
+    run = sw.traced(sw.per_sample_norms, model, lambda m, x: F.dropout(m(x)).square().sum(1), capture=True)
+    assert all(run(batch).isfinite().all() for _ in range(6))
+
+
+def test_the_device_goes_on_after_a_broken_capture() -> None:
+    model, batch = nn.Linear(6, 6).to(DEVICE), torch.randn(N, 6, device=DEVICE)
+
+    def wait() -> None:
+        x = torch.rand(3, device=DEVICE)
+        torch.cuda.current_stream().synchronize()
+        x.sum()
+
+    with pytest.raises(RuntimeError):
+        graphs._captured(wait, graphs.Pool(), torch.device("cuda", 0))
+    assert_the_device_goes_on(model, batch)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_a_graph(masked: bool, dtype: torch.dtype, dropout: float) -> None:
+    """Its kernels say on the CPU how dropout was drawn, unless they are captured."""
+    model = nn.Linear(16, 48).to(DEVICE, dtype)
+    batch = torch.randn(N, 8, 16, device=DEVICE, dtype=dtype)
+    mask = torch.ones(8, 8, device=DEVICE, dtype=torch.bool).tril() if masked else None
+
+    def losses(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = m(x).unflatten(2, (3, 2, 8)).transpose(1, 3).unbind(2)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout).float().square().sum((1, 2, 3))
+
+    run = sw.traced(sw.per_sample_norms, model, losses, capture=True)
+    for k in range(7):
+        torch.manual_seed(k)
+        found = run(batch * (k + 1))
+        torch.manual_seed(k)
+        wanted = sw.per_sample_norms(model, losses, batch * (k + 1))
+        torch.testing.assert_close(found, wanted, rtol=0.02 if dtype is torch.bfloat16 else 1e-4, atol=0)
+    assert in_the_graph(run)
+
+
+def in_the_graph(run: Traced) -> bool:
+    return all(trace._replay is not None for known in run._known.values() for trace in known.sure)
 
 
 def test_memory_of_graphs_is_given_back() -> None:

@@ -12,11 +12,11 @@ import pickle
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
-from unittest.mock import MagicMock, patch
+from types import TracebackType
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -389,11 +389,18 @@ def thrice(losses, n=N):
 
 
 def not_captured():
-    def wait():
+    def refused(run, pool, device):
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
 
-    with patch.multiple(torch.cuda, **dict.fromkeys(("CUDAGraph", "current_stream", "stream", "graph"), MagicMock())):
-        captured._captured(wait, SimpleNamespace(handle=None))
+    def waits():
+        return nullcontext([])
+
+    on_the_cpu = {"_DEVICE": "cpu", "_captured": refused, "_waits": waits}
+    here = {"device": lambda _: nullcontext(), "is_current_stream_capturing": lambda: False}
+    with patch.multiple(captured, **on_the_cpu), patch.multiple(torch.cuda, **here):
+        run = sw.traced(sw.per_sample_norms, linear(), squares, capture=True)
+        for _ in range(5):
+            run(x())
 
 
 def again(quantity, **options):
@@ -1205,8 +1212,8 @@ CASES: dict[str, Case] = {
         "on one CUDA device, found cpu",
         "Leave out capture=True",
     ),
-    "captured._captured: it waits": Case(
-        not_captured, "^traced: CUDA refuses", "operation not permitted", "Leave out capture=True"
+    "captured.Captured.__call__: it waits": Case(
+        not_captured, "^traced: with capture=True CUDA refuses", "operation not permitted", "Leave out capture=True"
     ),
     "verification._batch_size: no tensors": Case(
         lambda: sw.verify(linear(), squares, [3.0]), "^verify: ", "none", "at least one tensor with samples", kind=ValueError

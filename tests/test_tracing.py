@@ -1304,3 +1304,30 @@ def test_a_tracer_keeps_no_tensor_alive():
     assert made() is None
     again = tracer.result({"z": z, "number": 1})
     equal(again([torch.full((3,), 2.0)]), {"z": torch.full((3,), 5.0), "number": 1})
+
+
+OPS_BY_NAME = {"square": torch.ops.aten.square, "sum": torch.ops.aten.sum.dim_IntList}
+
+
+def test_ops_are_no_surroundings():
+    """Tables of them, and the namespace that finds them when they are named, are the same at all times."""
+
+    def losses(m, x):
+        return OPS_BY_NAME["sum"](OPS_BY_NAME["square"](torch.ops.aten.contiguous(m(x))), [1])
+
+    torch.ops.aten.__dict__.pop("contiguous", None)
+    model, x = nn.Linear(3, 2).double(), normal(N, 3)
+    run = sw.traced(sw.per_sample_norms, model, losses)
+    for seed in range(BEFORE + 1):
+        equal(run(batch_like(x, seed)), sw.per_sample_norms(model, losses, batch_like(x, seed)))
+    assert len(run._around.state()) < 500
+    assert [len(known.sure) for known in run._known.values()] == [1]
+
+
+def test_a_batch_that_needs_a_gradient_after_the_call():
+    """Because it is written to: the next one is of the same kind all the same."""
+    model, x = Net(lambda m, x: x.mul_(m.w).sum(1, keepdim=True), w=normal(3)), normal(N, 3)
+    run = sw.traced(sw.per_sample_norms, model, squares)
+    for seed in range(BEFORE + 1):
+        equal(run(batch_like(x, seed)), sw.per_sample_norms(model, squares, batch_like(x, seed)))
+    assert [len(known.sure) for known in run._known.values()] == [1]

@@ -20,7 +20,8 @@ _LONGEST, _MOST_TABLES = 4096, 4000
 # Bytes of numbers in other memory than torch's.
 _MOST_BYTES = 2**16
 _NUMBERS = (int, float, complex, bool, str, bytes, type(None))
-_PLAIN = (*_NUMBERS, torch.dtype, torch.device, torch.Size, types.CodeType)
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)  # noqa: SLF001
+_PLAIN = (*_NUMBERS, torch.dtype, torch.device, torch.Size, types.CodeType, *_OPS)
 _MISSING = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Between tables: what moves from the end of one to the beginning of the next is somewhere else.
@@ -231,7 +232,8 @@ def _content(cell: types.CellType) -> object:
 def _is_installed(module: str | None) -> bool:
     """Whether a module is Python's own, or of an installed package: such keep their variables to themselves."""
     name = module or ""
-    file = getattr(sys.modules.get(name), "__file__", None)
+    # of what is no module, as `torch.ops.aten`, its package
+    file = getattr(sys.modules.get(name) or sys.modules.get(name.partition(".")[0]), "__file__", None)
     if file is None:
         return name in sys.builtin_module_names or name == "builtins"
     folders = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib"))

@@ -44,7 +44,7 @@ class Trace(NamedTuple):
     # how the results are put together, of tensors and of what is no tensor
     spec: TreeSpec
     rest: Mapping[int, Any]
-    # the memory from outside that it writes to
+    # what it writes to, by places among what it is given and what it holds
     writes: frozenset[int]
     # where there are numbers that another call may find others
     devices: frozenset[torch.device]

@@ -121,12 +121,10 @@ class Tracer(Watching):
         held, code = list(self._held.values()), _listing(self._graph)
         known = {id(x) for x in self._known}
         loose = [x for x in held if id(x) not in known]
-        layouts, devices = (
-            list(map(layout, loose)),
-            self._devices.union(x.device for k, x in enumerate(held) if k not in literals),
-        )
-        ways = frozenset(self._writes), frozenset(devices)
-        return Trace(compiled(self._graph), code, held, literals, spec, rest, *ways, questions, loose, layouts)
+        writes = frozenset(k for k, node in enumerate([*self._given, *self._held]) if self._cells[node] in self._writes)
+        devices = frozenset(self._devices.union(x.device for k, x in enumerate(held) if k not in literals))
+        layouts = list(map(layout, loose))
+        return Trace(compiled(self._graph), code, held, literals, spec, rest, writes, devices, questions, loose, layouts)
 
     def varies(self, x: Tensor) -> bool:
         """Whether another call may find another value there."""
@@ -209,8 +207,10 @@ class Tracer(Watching):
         targets = tensors_in(written)
         cells = set(map(memory, targets))
         self._writes |= cells & self._outside
-        self._varying |= cells if varies else set()
         self._written |= cells
+        if varies:
+            self._varying |= cells
+            self._devices.update(x.device for x in targets)
         if torch.Tag.inplace_view in func.tags:
             self._turned.update(map(self._node, targets))
 
@@ -220,7 +220,7 @@ class Tracer(Watching):
         cells = self._cells[node] = memory(x)
         if varies:
             self._varying.add(cells)
-            self._devices.add(x.device)
+            self._devices.update(() if _is_seed(node, x) else (x.device,))
         else:
             # of memory that something else had before
             self._varying.discard(cells)
@@ -390,6 +390,12 @@ def _states_elsewhere() -> list[object]:
     numpy = sys.modules.get("numpy")
     kind, keys, *rest = numpy.random.get_state() if numpy is not None else (None, b"")
     return [random.getstate(), kind, bytes(keys), rest]
+
+
+def _is_seed(node: fx.Node, x: Tensor) -> bool:
+    """Whether an attention says how its dropout was drawn: on the CPU if it is launched, on the device in a graph."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return x.ndim == 0 and "attention" in str(getattr(source, "target", ""))
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:

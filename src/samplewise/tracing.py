@@ -21,7 +21,7 @@ from .errors import UnsupportedOpError, of_type
 from .running import in_transform, modes
 from .streaming import Batch, LossFunction
 from .surroundings import Surroundings, TooMuchError
-from .trace import Trace, layout
+from .trace import Trace, layout, memory
 from .tracer import Reading, Tracer
 
 Result = TypeVar("Result")
@@ -77,6 +77,7 @@ def traced(
         torch.Size([4])
     """
     of_type("traced", model, "a model", nn.Module)
+    of_type("traced", capture, "capture=True or False", bool)
     return Traced(functools.partial(quantity, model, loss_fn, **options), capture=capture)
 
 
@@ -108,6 +109,8 @@ class Traced(Generic[Result]):
             return self._run(batch)
         tensors: list[Tensor] = []
         kind = _kind_of(batch, tensors)
+        # as they are now: the call may change them
+        kind = kind, tuple(map(layout, tensors)), _shared(tensors)
         if any(x.device.type not in _DEVICES for x in tensors):
             # whose generators are not looked after
             return self._run(batch)
@@ -120,12 +123,12 @@ class Traced(Generic[Result]):
 
     def _known_or_new(self, batch: Batch, kind: Hashable, tensors: list[Tensor]) -> Result:
         try:
-            key = self._key(kind, tensors)
+            key = self._key(kind)
         except TooMuchError:
             return self._unwatched(batch)
         known = self._known.get(key)
         if known is None:
-            return self._record(batch, kind, tensors)
+            return self._record(batch, kind)
         self._in_vain = 0
         self._known.move_to_end(key)
         for trace in known.sure:
@@ -140,16 +143,21 @@ class Traced(Generic[Result]):
             self._known.clear()
             self._around.release()
 
-    def _key(self, kind: Hashable, tensors: Iterable[Tensor]) -> Hashable:
+    def _key(self, kind: Hashable) -> Hashable:
         """All that decides which steps are taken."""
         same, held = self._around.now()
         casts = [torch.is_autocast_enabled(x) and torch.get_autocast_dtype(x) for x in _DEVICES]
-        how = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), *casts)
-        cells = [x.untyped_storage()._cdata for x in tensors]  # noqa: SLF001
-        shared = tuple(map(cells.index, cells))
-        return kind, tuple(map(layout, tensors)), shared, same, tuple(map(layout, held)), how
+        how = (
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.get_num_threads(),
+            *casts,
+        )
+        return kind, same, tuple(map(layout, held)), how
 
-    def _record(self, batch: Batch, kind: Hashable, tensors: list[Tensor]) -> Result:
+    def _record(self, batch: Batch, kind: Hashable) -> Result:
         """The first of its kind, in which everything is made that is made once: rates, tables that the model keeps."""
         self._in_vain += 1
         if self._in_vain == _VAIN:
@@ -160,7 +168,7 @@ class Traced(Generic[Result]):
             )
         result = self._run(batch)
         try:
-            self._known.setdefault(self._key(kind, tensors), _Known(self._around.state()))
+            self._known.setdefault(self._key(kind), _Known(self._around.state()))
         except TooMuchError:
             return result
         if len(self._known) > _MOST:
@@ -248,6 +256,12 @@ def _kind_of(value: object, tensors: list[Tensor]) -> Hashable:
         f"traced: a batch is made of dense tensors and plain values, in tuples, lists and dictionaries, got a {type(value).__name__}. "
         "Give its tensors by themselves, or call the function itself, which records each batch."
     )
+
+
+def _shared(tensors: Iterable[Tensor]) -> Hashable:
+    """Which tensors are in the same memory."""
+    cells = list(map(memory, tensors))
+    return tuple(map(cells.index, cells))
 
 
 def _with(value: Any, new: Mapping[int, Tensor]) -> Any:
