@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import samplewise as sw
 from by_hand import Collected, with_layers
+from samplewise.surroundings import Surroundings
 from samplewise.taps import Seen
 from workloads import GPT, gpt, token_losses
 
@@ -166,6 +167,14 @@ def gpt_share(repeats: int) -> tuple[float, float, float]:
     return 1e3 * more[0], 1e3 * more[1], 1e3 * step
 
 
+def look(repeats: int) -> tuple[float, int]:
+    """Microseconds in which a trace looks at what a GPT and its losses can reach, as in each call, and how many modules those are."""
+    workload = gpt()
+    around = Surroundings(workload.model, workload.loss_fn)
+    around.state()
+    return 1e6 * fastest(around.state, repeats), len(list(workload.model.modules()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -186,6 +195,10 @@ def main() -> None:
     more, less, step = gpt_share(options.repeats)
     print(
         f"\nGPT: {more:.1f} ms of overhead for norms, {more / step:.1%} of a plain step of {step:.0f} ms; {less:.1f} ms in a trace"
+    )
+    found, modules = look(options.repeats)
+    print(
+        f"Of that {found / 1e3:.2f} ms to look at what may have changed, {found / modules:.1f} us for each of {modules} modules"
     )
 
 
