@@ -1331,3 +1331,29 @@ def test_a_batch_that_needs_a_gradient_after_the_call():
     for seed in range(BEFORE + 1):
         equal(run(batch_like(x, seed)), sw.per_sample_norms(model, squares, batch_like(x, seed)))
     assert [len(known.sure) for known in run._known.values()] == [1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h, x: h.__setitem__(h < 0, 0.5),
+        lambda h, x: h.__setitem__(x[:, 0] < 0, 2),
+        lambda h, x: h[:, 1:].__setitem__(h[:, 1:] < 0, 0.5),
+        lambda h, x: x.clone().__setitem__(x < 0, 1.0),
+    ],
+)
+def test_a_number_where_a_mask_says_so(change):
+    """An elementwise op: no value of the mask is read, of whatever rows it is true."""
+
+    def losses(m, x):
+        h = m(x) * 1
+        change(h, x)
+        return h.square().sum(1) + m(x).sum(1)
+
+    model, x = nn.Linear(3, 2).double(), normal(N, 3)
+    run = sw.traced(quantities, model, losses)
+    for seed, sign in itertools.product(range(3), (1, -1)):
+        fed = batch_like(x, seed) if seed else x.abs() * sign
+        equal(run(fed), quantities(model, losses, fed))
+    assert not sw.verify(model, losses, x).failures
+    assert [len(known.sure) for known in run._known.values()] == [1]

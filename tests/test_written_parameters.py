@@ -394,3 +394,92 @@ def test_bags_by_the_op_itself_have_no_padding_by_default() -> None:
 
     with pytest.raises(sw.UnsupportedOpError):
         sw.per_sample_norms(Net(forward, *table.shape), losses, ids)
+
+
+# --- a parameter for every sample, some of whose rows the samples replace -----------------------------------------------------------
+
+
+def places(b: Tensor) -> Tensor:
+    return (b[:, 0] > 0).nonzero()[:, 0]
+
+
+def spread(p: Tensor, b: Tensor) -> Tensor:
+    return p.expand(len(b), *p.shape).clone()
+
+
+def assigned(t: Tensor, index: object, value: object) -> Tensor:
+    t[index] = value
+    return t
+
+
+def everywhere(b: Tensor) -> Tensor:
+    return places(b)[:, None].expand(-1, 4)
+
+
+ROWS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "places set to a number": lambda t, b, _: assigned(t, places(b), 7.0),
+    "places set to rows": lambda t, b, h: assigned(t, places(b), h[places(b)]),
+    "a mask of rows": lambda t, b, _: assigned(t, b[:, 0] > 0, 7.0),
+    "rows of a mask": lambda t, b, h: assigned(t, b[:, 0] > 0, h[b[:, 0] > 0]),
+    "a mask of entries": lambda t, b, _: assigned(t, b[:, :1].expand(-1, 4) > 0, 7.0),
+    "entries of rows": lambda t, b, _: assigned(t, (places(b), 1), 7.0),
+    "the first sample's row": lambda t, b, h: assigned(t, 0, h[0]),
+    "the first rows": lambda t, b, h: assigned(t, slice(1), h[:1]),
+    "index_fill": lambda t, b, _: t.index_fill(0, places(b), 7.0),
+    "index_copy": lambda t, b, h: t.index_copy(0, places(b), h[places(b)]),
+    "index_add": lambda t, b, h: t.index_add(0, places(b), h[places(b)]),
+    "index_put": lambda t, b, h: t.index_put((places(b),), h[places(b)]),
+    "scatter": lambda t, b, h: t.scatter(0, everywhere(b), h[places(b)]),
+    "scatter a number": lambda t, b, _: t.scatter(0, everywhere(b), 7.0),
+    "scatter along features": lambda t, b, _: t.scatter(1, (b[:, :1] > 0).long(), b[:, :1]),
+    "masked_scatter": lambda t, b, h: t.masked_scatter(b[:, :1] > 0, h[b[:, 0] > 0]),
+    "index_fill_": lambda t, b, _: t.index_fill_(0, places(b), 7.0),
+    "index_copy_": lambda t, b, h: t.index_copy_(0, places(b), h[places(b)]),
+    "index_add_": lambda t, b, h: t.index_add_(0, places(b), h[places(b)]),
+    "index_put_": lambda t, b, h: t.index_put_((places(b),), h[places(b)]),
+    "scatter_": lambda t, b, h: t.scatter_(0, everywhere(b), h[places(b)]),
+    "select_scatter": lambda t, b, h: t.select_scatter(h[0], 0, 0),
+    "slice_scatter": lambda t, b, h: t.slice_scatter(h[:1], 0, 0, 1),
+    "masked_scatter_": lambda t, b, h: t.masked_scatter_(b[:, :1].expand(-1, 4) > 0, h[b[:, 0] > 0]),
+    "a view's row": lambda t, b, h: t[0].copy_(h[0]) * 0 + t,
+    "added to rows": lambda t, b, h: assigned(t, places(b), t[places(b)] + h[places(b)]),
+}
+SIGNS = {"none": [-1, -1, -1, -1], "one": [-1, -1, 1, -1], "some": [1, -1, 1, -1], "all": [1, 1, 1, 1]}
+# into a view of the target
+UNKNOWN = {"a view's row"}
+
+
+class Template(nn.Module):
+    def __init__(self, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.b, self.w, self.change = nn.Parameter(x(4, seed=2)), nn.Parameter(x(3, 4, seed=3)), change
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.change(spread(self.b, batch), batch, batch @ self.w) * batch[:, 1:2]
+
+
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_samples_leave_to_the_parameter(name: str, signs: str) -> None:
+    """They are their samples': each has the gradient that the batch's own losses give it."""
+    model, batch = Template(ROWS[name]), x(N, 3).abs() * torch.tensor(SIGNS[signs])[:, None]
+    found = losses(model, batch)
+    parameters = dict(model.named_parameters())
+    each = [
+        torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        for loss in found
+    ]
+    if name in UNKNOWN:
+        with pytest.raises(sw.SamplewiseError):
+            sw.per_sample_grads(model, losses, batch)
+        return
+    rows = sw.per_sample_grads(model, losses, batch)
+    for key, *wanted in zip(parameters, *each, strict=True):
+        torch.testing.assert_close(rows[key], torch.stack(wanted))
+
+
+def test_places_in_another_order_are_refused() -> None:
+    """A sample's row in another's place says nothing of whose the others are."""
+    model = Template(lambda t, b, h: assigned(t, torch.tensor([2, 3]), h[:2]))
+    with pytest.raises(sw.SamplewiseError):
+        sw.per_sample_grads(model, losses, x(N, 3))

@@ -9,16 +9,19 @@ import torch
 from torch import Size, Tensor, nn
 
 from .alignment import through_index
-from .axes import Axis, Call, Lost, Where, swapped, whole
+from .axes import NOBODY, Axis, Call, Lost, Where, swapped, whole
 from .collecting import Collector, Shared, Source, Uses
 from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor, Single
 from .ownership import written
 from .registry import Operation
-from .sample_axis import ALIGNED, INNER, JOINS
+from .sample_axis import ALIGNED, EXAMPLES, INNER, JOINS, WRITES, follow
 from .taps import Collects, Enter, Grads, seen
 
 Function = Callable[..., Any]
+
+# Ops that leave what they do not write to as it was.
+WRITTEN = WRITES | frozenset(EXAMPLES) | {"setitem", "masked_scatter"}
 
 
 class Recorder(Collects, Protocol):
@@ -149,8 +152,8 @@ def assign(recording: Recorder, func: Function, call: Call, shared: list[Tensor]
 def spread_target(recording: Recorder, call: Call) -> None:
     """Make the shared target of an in-place op batched, as far as it has a place for every sample: its rows enter one by one."""
     target = call.args[0]
-    axis = written(call) if call.name == "setitem" else _aligned_axis(call, target)
-    if not isinstance(axis, Axis) or target.shape[axis.dim] != axis.size(call.n):
+    axis = _target_axis(call)
+    if axis is None:
         raise UnsupportedOpError(
             f"{call.name}: writes batched values in place into {names_of(recording, [target])}, of shape {tuple(target.shape)}, which "
             "all samples share. Expand and clone it over the samples and write there, or write out of place."
@@ -160,6 +163,40 @@ def spread_target(recording: Recorder, call: Call) -> None:
     assert isinstance(kind, Shared)
     recording.declare(before, kind)
     _overwrite(recording, call, enter(recording, call, before, axis, target.ndim, target.shape[axis.dim]))
+
+
+def write_beside(recording: Recorder, func: Function, call: Call) -> Any:
+    """A call that writes to a copy of its shared target, into which it enters row by row first; NotImplemented where it has no rows."""
+    target, *rest = call.args
+    axis = _target_axis(call)
+    if axis is None:
+        return NotImplemented
+    entered = enter(recording, call, target, axis, target.ndim, target.shape[axis.dim])
+    with recording:
+        return func(entered, *rest, **call.kwargs)
+
+
+def _target_axis(call: Call) -> Axis | None:
+    """Along which axis the shared target of an op has a place for every sample, if there is one."""
+    target = call.args[0]
+    if call.name == "setitem":
+        axis = written(call)
+    elif call.name in WRITTEN:
+        axis = follow(call, target)
+    else:
+        axis = _aligned_axis(call, target)
+    axis = _whole(axis, call.n)
+    return axis if isinstance(axis, Axis) and target.shape[axis.dim] == axis.size(call.n) else None
+
+
+def _whole(axis: Where | None, n: int) -> Where | None:
+    """An axis of which nobody's rows, where nothing is written, are those of the samples in their order: theirs enter as well."""
+    if not isinstance(axis, Axis) or NOBODY not in (axis.ragged or ()):
+        return axis
+    owners = axis.ragged or ()
+    fits = len(owners) == n and all(owner in {NOBODY, row} for row, owner in enumerate(owners))
+    # rows that the data put into an order say nothing of those between them
+    return Axis(axis.dim) if fits and axis.chosen is None else None
 
 
 def _aligned_axis(call: Call, target: Tensor) -> Axis | None:

@@ -11,6 +11,7 @@ from .by_rule import bind, by_rule, placed, slots_of, tap
 from .collecting import Source, Uses
 from .contractions import CONTRACTIONS, Contraction, contract, rows_first
 from .entering import (
+    WRITTEN,
     Function,
     Recorder,
     assign,
@@ -20,6 +21,7 @@ from .entering import (
     names_of,
     replaced,
     spread_target,
+    write_beside,
 )
 from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Factor
@@ -38,8 +40,14 @@ def mix(recording: Recorder, func: Function, op: Operation, call: Call, shared: 
     refusal = _refusal(recording, call, shared)
     if refusal is not None:
         return _postponed(recording, func, op, call, shared, refusal)
-    if call.sample() is not None:
+    onto = bool(call.args) and any(call.args[0] is x for x in shared) and call.name in WRITTEN
+    # one sample's rows that are written between those of a parameter leave these to the others
+    if call.sample() is not None and not onto:
         return enter_whole(recording, func, op, call, shared)
+    if onto and not op.inplace:
+        out = write_beside(recording, func, call)
+        if out is not NotImplemented:
+            return out
     if op.inplace and any(call.args[0] is x for x in shared):
         spread_target(recording, call)
         shared = [x for x in shared if x is not call.args[0]]

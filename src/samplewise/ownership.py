@@ -326,7 +326,20 @@ def written(call: Call) -> Where | None:
     return _assigned(call, target, index, value, adds=False) or Axis.of_nobody(target)
 
 
+def _filled(call: Call, target: Tensor, mask: Any, value: Any) -> Axis | None:
+    """Where the sample axis is after `target[mask] = 0`, which is an elementwise op; None where it takes a look at the places."""
+    if not isinstance(value, int | float | complex) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return None
+    held, own = call.where(target), call.where(mask)
+    if not isinstance(own, Axis) or own.pattern is None or mask.shape != target.shape[: mask.ndim]:
+        return None
+    return own if held is None or (isinstance(held, Axis) and held.pattern == own.pattern) else None
+
+
 def _assigned(call: Call, target: Tensor, index: Any, value: Any, *, adds: bool) -> Where | None:
+    filled = None if adds else _filled(call, target, index, value)
+    if filled is not None:
+        return filled
     part = target.detach()[index]
     after = _after_assignment(call, target, index, value, part, adds=adds)
     if not isinstance(after, Axis) or in_step_now() or not any(axis.chosen for _, axis in call.placed()):

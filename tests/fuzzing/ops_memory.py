@@ -58,6 +58,43 @@ def written(net, x, k):
 
 
 @op(EVERY)
+def template(net, x, k):
+    """A parameter for every sample, which the data replaces for some of them, whole or in part."""
+    axis = net.layout.index("B")
+    rows = x.movedim(axis, 0)
+    kept, some = net.p(k, *rows.shape[1:]).expand(rows.shape).clone(), rows.flatten(1).sum(1) > 0.2 * (k // 17 % 3)
+    places = some.nonzero()[:, 0]
+    everywhere = places.view(-1, *[1] * (rows.ndim - 1)).expand(-1, *rows.shape[1:])
+    number = 0.5
+
+    def assigned(index, value):
+        kept[index] = value
+        return kept
+
+    out = choose(
+        k,
+        lambda: assigned(some, number),
+        lambda: assigned(places, number),
+        lambda: assigned(some, rows[some]),
+        lambda: assigned(places, rows[places]),
+        lambda: assigned(rows > 0, number),
+        lambda: assigned((places, 0), number),
+        lambda: assigned((slice(None), 0), rows[:, 0]),
+        lambda: kept.index_fill(0, places, number),
+        lambda: kept.index_copy(0, places, rows[places]),
+        lambda: kept.index_add(0, places, rows[places]),
+        lambda: kept.index_put((places,), rows[places]),
+        lambda: kept.scatter(0, everywhere, rows[places]),
+        lambda: kept.index_copy_(0, places, rows[places]),
+        lambda: kept.scatter_(0, everywhere, number),
+        lambda: torch.where(some.view(-1, *[1] * (rows.ndim - 1)), rows, kept),
+        lambda: kept.masked_scatter(rows > 0, rows[rows > 0]),
+        lambda: kept.masked_fill_(rows > 0, number),
+    )
+    return out.movedim(0, axis)
+
+
+@op(EVERY)
 def buffer(net, x, k):
     """A tensor made first and filled afterwards."""
     f, d = net.features, net.width(x)
