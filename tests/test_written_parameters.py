@@ -438,6 +438,7 @@ ROWS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "index_add_": lambda t, b, h: t.index_add_(0, places(b), h[places(b)]),
     "index_put_": lambda t, b, h: t.index_put_((places(b),), h[places(b)]),
     "scatter_": lambda t, b, h: t.scatter_(0, everywhere(b), h[places(b)]),
+    "masked_fill_": lambda t, b, _: t.masked_fill_(b[:, :1] > 0, 7.0),
     "select_scatter": lambda t, b, h: t.select_scatter(h[0], 0, 0),
     "slice_scatter": lambda t, b, h: t.slice_scatter(h[:1], 0, 0, 1),
     "masked_scatter_": lambda t, b, h: t.masked_scatter_(b[:, :1].expand(-1, 4) > 0, h[b[:, 0] > 0]),

@@ -286,6 +286,10 @@ class Call:
         aliases = (name, "axis", "dimension") if name == "dim" else (name,)
         return next((self.kwargs[alias] for alias in aliases if alias in self.kwargs), default)
 
+    def declare(self, x: Tensor, axis: "Axis") -> None:
+        """Let a tensor be a batched one, before the op has run."""
+        self.known[id(x)], self._placed = axis, None
+
     def forget_nobodys(self) -> bool:
         """Take tensors that nobody owns for the constants they are; whether there are any."""
         found = [x for x in self.tensors if isinstance(where := self.where(x), Axis) and where.ragged and where.nobodys]

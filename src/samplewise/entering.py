@@ -163,6 +163,9 @@ def spread_target(recording: Recorder, call: Call) -> None:
     assert isinstance(kind, Shared)
     recording.declare(before, kind)
     _overwrite(recording, call, enter(recording, call, before, axis, target.ndim, target.shape[axis.dim]))
+    if call.name in WRITTEN:
+        # of which rows will be left as they are
+        call.declare(target, axis)
 
 
 def write_beside(recording: Recorder, func: Function, call: Call) -> Any:
@@ -179,6 +182,9 @@ def write_beside(recording: Recorder, func: Function, call: Call) -> Any:
 def _target_axis(call: Call) -> Axis | None:
     """Along which axis the shared target of an op has a place for every sample, if there is one."""
     target = call.args[0]
+    if call.name == "masked_scatter" and torch.broadcast_shapes(target.shape, call.get(1, "mask").shape) != target.shape:
+        # the result is larger than the target
+        return None
     if call.name == "setitem":
         axis = written(call)
     elif call.name in WRITTEN:
@@ -202,7 +208,7 @@ def _whole(axis: Where | None, n: int) -> Where | None:
 def _aligned_axis(call: Call, target: Tensor) -> Axis | None:
     x, axis = call.placed()[0]
     dim = axis.dim + target.ndim - x.ndim
-    return axis.at(dim) if call.name in ALIGNED and dim >= 0 else None
+    return axis.at(dim) if call.name in ALIGNED | {"masked_fill"} and dim >= 0 else None
 
 
 def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int, rows: int) -> Tensor:

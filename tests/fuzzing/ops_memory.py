@@ -57,11 +57,10 @@ def written(net, x, k):
     return out
 
 
-@op(EVERY)
+@op(PLAIN)
 def template(net, x, k):
     """A parameter for every sample, which the data replaces for some of them, whole or in part."""
-    axis = net.layout.index("B")
-    rows = x.movedim(axis, 0)
+    rows = x.movedim(net.batch, 0)
     kept, some = net.p(k, *rows.shape[1:]).expand(rows.shape).clone(), rows.flatten(1).sum(1) > 0.2 * (k // 17 % 3)
     places = some.nonzero()[:, 0]
     everywhere = places.view(-1, *[1] * (rows.ndim - 1)).expand(-1, *rows.shape[1:])
@@ -91,7 +90,7 @@ def template(net, x, k):
         lambda: kept.masked_scatter(rows > 0, rows[rows > 0]),
         lambda: kept.masked_fill_(rows > 0, number),
     )
-    return out.movedim(0, axis)
+    return out.movedim(0, net.batch)
 
 
 @op(EVERY)
