@@ -130,7 +130,8 @@ def _by_row(
     for x, axis in call.placed():
         if id(x) in numbers:
             rows = torch.tensor(list(numbers[id(x)]), dtype=torch.long, device=x.device)
-            new[id(x)] = rows.reshape(-1, *[1] * (x.ndim - axis.dim - 1)).expand(x.shape)
+            spread = rows.reshape(-1, *[1] * (x.ndim - axis.dim - 1)) if x.ndim else rows.reshape(())
+            new[id(x)] = spread.expand(x.shape)
     return _run(call, function, data, place, new)
 
 
