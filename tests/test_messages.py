@@ -574,6 +574,13 @@ CASES: dict[str, Case] = {
         "Move the samples to a leading axis",
         "'k'",
     ),
+    "entering.enter_aligned: joined with an order": Case(
+        net(lambda self, b: torch.cat([b[b.sum(1).argsort()], self.w.expand(N, D)])),
+        "^cat: joins",
+        r"put into an order with 'w' along the sample axis \(axis 0\)",
+        "Join along another axis",
+        "'w'",
+    ),
     "entering.enter: joined": Case(
         net(lambda self, b: torch.cat([b, self.w[None]])),
         "^cat: joins",

@@ -484,3 +484,48 @@ def test_places_in_another_order_are_refused() -> None:
     model = Template(lambda t, b, h: assigned(t, torch.tensor([2, 3]), h[:2]))
     with pytest.raises(sw.SamplewiseError):
         sw.per_sample_grads(model, losses, x(N, 3))
+
+
+# --- a parameter's rows beside a sample's ---------------------------------------------------------------------------------------------
+
+BESIDE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "after the first sample": lambda p, b, h: torch.cat([h[:1], p.expand(len(b) - 1, 4)]),
+    "before the last sample": lambda p, b, h: torch.cat([p.expand(len(b) - 1, 4), h[-1:]]),
+    "in a vstack": lambda p, b, h: torch.vstack([h[:1], p.expand(len(b) - 1, 4)]),
+    "in a stack": lambda p, b, h: torch.stack([h[0]] + [p * 1 for _ in range(len(b) - 1)]),
+    "moved there": lambda p, b, h: torch.roll(torch.cat([p.expand(len(b) - 1, 4), h[:1]]), 1, 0),
+    "in a sample's place": lambda p, b, h: torch.cat([h[:1], p[None], h[2:]]),
+    "in a sample's place in a stack": lambda p, b, h: torch.stack([h[0], p, *h[2:]]),
+    "in the first place": lambda p, b, h: torch.cat([p[None], h[1:]]),
+    "after those that are chosen": lambda p, b, h: torch.cat([h[places(b)], p.expand(len(b) - len(places(b)), 4)]),
+    "set": lambda p, b, h: assigned(h * 1, 0, p),
+    "set in chosen places": lambda p, b, h: assigned(h * 1, places(b), p),
+    "set by a mask": lambda p, b, h: assigned(h * 1, b[:, 0] > 0, p),
+    "all beside all": lambda p, b, h: torch.cat([p.expand(len(b), 4), h]).view(2, len(b), 4).prod(0),
+    "a list for each sample": lambda p, b, h: torch.stack([torch.cat([p[None], row[None]]).sum(0) for row in h]),
+}
+EXACT = {"set", "set in chosen places", "set by a mask", "all beside all", "a list for each sample"}
+
+
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("name", BESIDE)
+def test_rows_of_a_parameter_beside_those_of_samples(name: str, signs: str) -> None:
+    """The gradients of the batch's own losses, or a refusal."""
+    model, batch = Beside(BESIDE[name]), x(N, 3).abs() * torch.tensor(SIGNS[signs])[:, None]
+    parameters = dict(model.named_parameters())
+    each = [
+        torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        for loss in losses(model, batch)
+    ]
+    try:
+        rows = sw.per_sample_grads(model, losses, batch)
+    except sw.SampleAxisError:
+        assert name not in EXACT
+        return
+    for key, *wanted in zip(parameters, *each, strict=True):
+        torch.testing.assert_close(rows[key], torch.stack(wanted))
+
+
+class Beside(Template):
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.change(self.b, batch, batch @ self.w) * batch[:, 1:2]

@@ -13,6 +13,7 @@ from .axes import NOBODY, Axis, Call, Lost, Where, swapped, whole
 from .collecting import Collector, Shared, Source, Uses
 from .errors import SampleAxisError, UnsupportedOpError
 from .factors import Dense, Diagonal, Factor, Single
+from .movement import dim_of
 from .ownership import written
 from .registry import Operation
 from .sample_axis import ALIGNED, EXAMPLES, INNER, JOINS, WRITES, follow
@@ -86,8 +87,18 @@ def enter_whole(recording: Recorder, func: Function, op: Operation, call: Call, 
     new = {id(x): _sole(recording, call, x) for x in shared}
     if op.inplace and id(call.args[0]) in new:
         _overwrite(recording, call, new.pop(id(call.args[0])))
+    return _joined(recording, func, call, new) if call.name in EXAMPLES else _with(func, call, new)
+
+
+def _with(func: Function, call: Call, new: Mapping[int, Tensor]) -> Any:
     args, kwargs = replaced(call, new)
     return func(*args, **kwargs)
+
+
+def _joined(recording: Recorder, func: Function, call: Call, new: Mapping[int, Tensor]) -> Any:
+    """An op that puts rows beside each other, which are followed with those that entered: they are samples' now."""
+    with recording:
+        return _with(func, call, new)
 
 
 def _sole(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
@@ -131,9 +142,20 @@ def enter_aligned(recording: Recorder, func: Function, call: Call, shared: list[
             f"{call.name}: the samples lie on axis {axis.dim} of an operand of shape {tuple(x.shape)}, which the op mixes, so the gradient "
             f"of {names_of(recording, shared)} cannot be split over them. Move the samples to a leading axis."
         )
+    beside = call.name in JOINS and _puts_beside(call, x, axis)
+    if beside and axis.chosen:
+        raise SampleAxisError(
+            f"{call.name}: joins samples that the data put into an order with {names_of(recording, shared)} along the sample axis (axis "
+            f"{axis.dim}). Join along another axis, with the parameter expanded over the samples."
+        )
     new = {id(s): enter(recording, call, s, frame, ndim, x.shape[axis.dim]) for s in shared}
-    args, kwargs = replaced(call, new)
-    return func(*args, **kwargs)
+    return _joined(recording, func, call, new) if beside else _with(func, call, new)
+
+
+def _puts_beside(call: Call, x: Tensor, axis: Axis) -> bool:
+    """Whether rows come beside samples' rows, and not to them."""
+    along = call.name != "stack" and dim_of(x, call.get(1, "dim", 0)) == axis.dim
+    return along or any(own.sample is not None for _, own in call.placed())
 
 
 def assign(recording: Recorder, func: Function, call: Call, shared: list[Tensor]) -> Any:
@@ -214,12 +236,13 @@ def _aligned_axis(call: Call, target: Tensor) -> Axis | None:
 def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int, rows: int) -> Tensor:
     """A shared tensor as a batched one, aligned from the right in `ndim` dims with `rows` rows on `axis.dim`."""
     value, dim = _like_a_number(call, seen(recording, tensor)), axis.dim - (ndim - tensor.ndim)
-    if dim < 0:
+    has_rows = dim >= 0
+    if not has_rows:
         value, dim = value.reshape(*[1] * -dim, *value.shape), 0
     placed = axis.at(dim)
     origin, kind = tensor, recording.kind(tensor)
     assert isinstance(kind, Shared)
-    own = value.shape[dim] == rows
+    own = has_rows and value.shape[dim] == rows
     if call.name in JOINS and value.shape[dim] != rows:
         raise SampleAxisError(
             f"{call.name}: joins samples with {names_of(recording, [tensor])} along the sample axis (axis {dim}, {rows} rows and "

@@ -44,6 +44,38 @@ def statistics(net, x, k):
 
 
 @op(PLAIN, harmful=True)
+def rows_beside(net, x, k):
+    """A parameter's rows beside those of samples, in the place of a sample or of all but one."""
+    rows = x.movedim(net.batch, 0) * 1
+    p, n = net.p(k, *rows.shape[1:]), len(rows)
+    i = k // 14 % n
+    one, others = rows[i : i + 1], p.expand(n - 1, *p.shape)
+
+    def assigned(index):
+        rows[index] = p
+        return rows
+
+    out = choose(
+        k,
+        lambda: torch.cat([one, others]),
+        lambda: torch.cat([others, one]),
+        lambda: torch.cat([rows[:i], p[None], rows[i + 1 :]]),
+        lambda: torch.stack([*rows[:i], p, *rows[i + 1 :]]),
+        lambda: torch.vstack([one, others]),
+        lambda: torch.stack([one[0], *others]),
+        lambda: assigned(i),
+        lambda: rows.select_scatter(p, 0, i),
+        lambda: rows.index_copy(0, torch.tensor([i]), p[None]),
+        lambda: torch.cat([rows, p[None]])[1:],
+        lambda: torch.cat([p[None], rows])[:n],
+        lambda: torch.cat([p.expand_as(rows), rows])[i : i + n],
+        lambda: torch.roll(torch.cat([others, one]), 1, 0),
+        lambda: assigned((rows.flatten(1).sum(1) > 0).nonzero()[:, 0]),
+    )
+    return out.movedim(0, net.batch)
+
+
+@op(PLAIN, harmful=True)
 def order_of_samples(net, x, k):
     b, y = net.batch, affine(net, x, k) if k // 20 % 2 else x
     n = y.shape[b]
