@@ -24,6 +24,17 @@ VARIANTS = 60
 
 # Programs that were wrong once, and what may come of them.
 FOUND = [
+    # a forward without a graph, which a checkpoint runs again with one
+    (Case((("checkpointed", 149), ("rows beside", 180)), n=2), "refused"),
+    # an index that is an empty list
+    (
+        Case(
+            (("experts", 35), ("rows beside", 63), ("any axis", 205), ("hypernet", 58), ("routed", 224), ("round trip", 41)),
+            n=2,
+            seed=865,
+        ),
+        "exact",
+    ),
     # one number, which a sample gave by itself
     (Case((("scale", 0), ("pool", 69), ("chosen samples", 112), ("swap", 20)), n=2, d=4, seed=168), "exact"),
     # what the fallback put together lay in another memory order than the op's own result

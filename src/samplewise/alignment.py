@@ -414,7 +414,9 @@ def _mask_items(call: Call, mask: Tensor, source: int) -> list[Item]:
 
 def _as_item(item: object) -> Any:
     simple = item is None or item is Ellipsis or isinstance(item, slice | Tensor)
-    return item if simple or (isinstance(item, int) and not isinstance(item, bool)) else torch.as_tensor(item)
+    if simple or (isinstance(item, int) and not isinstance(item, bool)):
+        return item
+    return torch.as_tensor(item, dtype=torch.long if isinstance(item, list) and not item else None)
 
 
 def _as_number(call: Call, item: Any) -> Any:

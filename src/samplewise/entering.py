@@ -87,18 +87,20 @@ def enter_whole(recording: Recorder, func: Function, op: Operation, call: Call, 
     new = {id(x): _sole(recording, call, x) for x in shared}
     if op.inplace and id(call.args[0]) in new:
         _overwrite(recording, call, new.pop(id(call.args[0])))
-    return _joined(recording, func, call, new) if call.name in EXAMPLES else _with(func, call, new)
-
-
-def _with(func: Function, call: Call, new: Mapping[int, Tensor]) -> Any:
+    settle(call, shared)
     args, kwargs = replaced(call, new)
     return func(*args, **kwargs)
 
 
-def _joined(recording: Recorder, func: Function, call: Call, new: Mapping[int, Tensor]) -> Any:
-    """An op that puts rows beside each other, which are followed with those that entered: they are samples' now."""
-    with recording:
-        return _with(func, call, new)
+def settle(call: Call, shared: Sequence[Tensor]) -> None:
+    """Let what is put beside samples' rows count as what it enters as, so that the rows of the result are followed with it."""
+    sample, placed = call.sample(), call.placed()
+    if call.n <= 1 or not placed or call.name not in EXAMPLES or any(call.args[0] is x for x in shared):
+        return
+    x, axis = placed[0]
+    if sample is not None or (call.name in JOINS and _puts_beside(call, x, axis)):
+        for other in shared:
+            call.declare(other, axis if sample is None else Axis.of_sample(sample, other))
 
 
 def _sole(recording: Recorder, call: Call, tensor: Tensor) -> Tensor:
@@ -142,14 +144,15 @@ def enter_aligned(recording: Recorder, func: Function, call: Call, shared: list[
             f"{call.name}: the samples lie on axis {axis.dim} of an operand of shape {tuple(x.shape)}, which the op mixes, so the gradient "
             f"of {names_of(recording, shared)} cannot be split over them. Move the samples to a leading axis."
         )
-    beside = call.name in JOINS and _puts_beside(call, x, axis)
-    if beside and axis.chosen:
+    if axis.chosen and call.name in JOINS and _puts_beside(call, x, axis):
         raise SampleAxisError(
             f"{call.name}: joins samples that the data put into an order with {names_of(recording, shared)} along the sample axis (axis "
             f"{axis.dim}). Join along another axis, with the parameter expanded over the samples."
         )
     new = {id(s): enter(recording, call, s, frame, ndim, x.shape[axis.dim]) for s in shared}
-    return _joined(recording, func, call, new) if beside else _with(func, call, new)
+    settle(call, shared)
+    args, kwargs = replaced(call, new)
+    return func(*args, **kwargs)
 
 
 def _puts_beside(call: Call, x: Tensor, axis: Axis) -> bool:

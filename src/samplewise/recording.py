@@ -1,7 +1,6 @@
 """The mode under which a model runs: it follows what depends on the samples and finds the ops where parameters meet them.
 
-It knows no op by name. How the sample axis moves stands in `sample_axis`, what happens at a meeting in `mixing`, and what the
-gradients are in `rules`.
+How the sample axis moves stands in `sample_axis`, what happens at a meeting in `mixing`, and what the gradients are in `rules`.
 """
 
 import itertools
@@ -36,6 +35,7 @@ from .axes import Axis, Call, Lost, argument, tensors_in
 from .buffers import keep_freed_memory
 from .by_rule import as_before
 from .collecting import Collector, Shared, of_parameter
+from .entering import settle
 from .errors import MixedSamplesError, SampleAxisError, SamplewiseError, UnsupportedOpError, of_type, one_of
 from .factors import Factor
 from .known import DECLARED_CONSTANT, Known
@@ -288,6 +288,7 @@ class Recording(Known, TorchFunctionMode):
             out = func(*args, **kwargs)
             if shared and not torch.is_grad_enabled():
                 self.collector.expect_hidden(self._names(shared))
+                settle(call, shared)
         if outside and op.name not in TURNS:
             self._earlier.append((op, args, kwargs, out))
         if not outside:
