@@ -57,19 +57,19 @@ def rows_beside(net, x, k):
 
     out = choose(
         k,
-        lambda: torch.cat([one, others]),
-        lambda: torch.cat([others, one]),
+        lambda: torch.cat([others[:i], one, others[i:]]),
+        lambda: torch.cat([*others[:i, None], one, *others[i:, None]], dim=0),
         lambda: torch.cat([rows[:i], p[None], rows[i + 1 :]]),
         lambda: torch.stack([*rows[:i], p, *rows[i + 1 :]]),
-        lambda: torch.vstack([one, others]),
-        lambda: torch.stack([one[0], *others]),
+        lambda: torch.vstack([others[:i], one, others[i:]]),
+        lambda: torch.stack([*others[:i], one[0], *others[i:]]),
         lambda: assigned(i),
         lambda: rows.select_scatter(p, 0, i),
         lambda: rows.index_copy(0, torch.tensor([i]), p[None]),
         lambda: torch.cat([rows, p[None]])[1:],
         lambda: torch.cat([p[None], rows])[:n],
         lambda: torch.cat([p.expand_as(rows), rows])[i : i + n],
-        lambda: torch.roll(torch.cat([others, one]), 1, 0),
+        lambda: torch.roll(torch.cat([others, one]), i + 1, 0),
         lambda: assigned((rows.flatten(1).sum(1) > 0).nonzero()[:, 0]),
     )
     return out.movedim(0, net.batch)
