@@ -529,3 +529,28 @@ def test_rows_of_a_parameter_beside_those_of_samples(name: str, signs: str) -> N
 class Beside(Template):
     def forward(self, batch: Tensor) -> Tensor:
         return self.change(self.b, batch, batch @ self.w) * batch[:, 1:2]
+
+
+# Found in review: what enters as one sample's row was followed as nobody's, which any pattern fits.
+FOREIGN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "over rows that joined": lambda p, b, h: assigned(torch.cat([h[:1], p.expand(len(b) - 1, 4)]), slice(1, None), p),
+    "over another's row": lambda p, b, h: assigned(assigned(h * 1, 0, h[1]), 0, p),
+    "over rows in another order": lambda p, b, h: assigned(h[[1, 2, 0, 3]] * 1, torch.tensor([1, 2, 0, 3]), p.expand(4, 4) * 1),
+    "over all rows": lambda p, b, h: assigned(h * 1, None, p).sum(0) * h,
+    "one sample's, out of place": lambda p, b, h: h[0].index_copy(0, torch.arange(4), p) * h,
+    "one sample's, scattered": lambda p, b, h: h[:1].scatter(0, torch.zeros(1, 4, dtype=torch.long), p[None]) * h,
+    "in two steps": lambda p, b, h: (h * 1).index_copy_(0, torch.zeros(4, dtype=torch.long), p.expand(4, 4)),
+    "added in two steps": lambda p, b, h: (h * 1).index_add_(0, torch.zeros(4, dtype=torch.long), p.expand(4, 4)),
+    "one entry": lambda p, b, h: assigned(h * 1, (0, 0), p[0]),
+    "beside one row": lambda p, b, h: torch.where(h[:1] > 0, p.expand(4, 4), h),
+    "beside one row of a product": lambda p, b, h: torch.addcmul(p.expand(4, 4) * 1, h[:1], h),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_parameter_where_rows_are_not_their_samples(name: str, create_graph: bool) -> None:
+    model, batch = Beside(FOREIGN[name]), x(N, 3)
+    losses(model, batch)
+    with pytest.raises(sw.SamplewiseError), sw.record(model, create_graph=create_graph) as rec:
+        rec.backward(losses(model, batch))

@@ -263,6 +263,8 @@ class Call:
     known: dict[int, Where | None] = field(init=False, default_factory=dict)
     # those that nobody owns, whose history has no parameter
     unowned: set[int] = field(init=False, default_factory=set)
+    # whether it has been said already what the results are
+    settled: bool = field(init=False, default=False)
     _placed: list[tuple[Tensor, Axis]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -285,6 +287,13 @@ class Call:
             return self.args[position]
         aliases = (name, "axis", "dimension") if name == "dim" else (name,)
         return next((self.kwargs[alias] for alias in aliases if alias in self.kwargs), default)
+
+    def take(self, new: Mapping[int, Tensor], axis: Callable[[Tensor], Where | None]) -> None:
+        """Let others, whose axes are known, take the places of some tensors, by id, before the op has run."""
+        self.args, self.kwargs = swapped((self.args, self.kwargs), new)
+        self.tensors = [new.get(id(x), x) for x in self.tensors]
+        self.known.update((id(x), axis(x)) for x in new.values())
+        self._placed = None
 
     def declare(self, x: Tensor, axis: "Axis") -> None:
         """Let a tensor be a batched one, before the op has run."""

@@ -87,15 +87,18 @@ def enter_whole(recording: Recorder, func: Function, op: Operation, call: Call, 
     new = {id(x): _sole(recording, call, x) for x in shared}
     if op.inplace and id(call.args[0]) in new:
         _overwrite(recording, call, new.pop(id(call.args[0])))
-    settle(call, shared)
+    if call.name in WRITTEN and call.n > 1:
+        # the rows of the result are followed with what enters
+        call.take(new, recording.where)
+        return func(*call.args, **call.kwargs)
     args, kwargs = replaced(call, new)
     return func(*args, **kwargs)
 
 
 def settle(call: Call, shared: Sequence[Tensor]) -> None:
-    """Let what is put beside samples' rows count as what it enters as, so that the rows of the result are followed with it."""
+    """Let what is put beside samples' rows, without a graph, count as what it enters as where there is one."""
     sample, placed = call.sample(), call.placed()
-    if call.n <= 1 or not placed or call.name not in EXAMPLES or any(call.args[0] is x for x in shared):
+    if call.n <= 1 or not placed or call.name not in WRITTEN or any(call.args[0] is x for x in shared):
         return
     x, axis = placed[0]
     if sample is not None or (call.name in JOINS and _puts_beside(call, x, axis)):
@@ -136,7 +139,7 @@ def _overwrite(recording: Recorder, call: Call, entered: Tensor) -> None:
 
 def enter_aligned(recording: Recorder, func: Function, call: Call, shared: list[Tensor]) -> Any:
     """An op whose operands align from the right: its own broadcasting gives every sample its gradient."""
-    x, axis = call.placed()[0]
+    x, axis = max(call.placed(), key=lambda pair: pair[0].shape[pair[1].dim] if pair[0].ndim else 0)
     ndim = max(t.ndim for t in call.tensors)
     frame = axis.at(axis.dim + ndim - x.ndim)
     if call.name in INNER and frame.dim >= ndim - INNER[call.name]:
@@ -144,13 +147,16 @@ def enter_aligned(recording: Recorder, func: Function, call: Call, shared: list[
             f"{call.name}: the samples lie on axis {axis.dim} of an operand of shape {tuple(x.shape)}, which the op mixes, so the gradient "
             f"of {names_of(recording, shared)} cannot be split over them. Move the samples to a leading axis."
         )
-    if axis.chosen and call.name in JOINS and _puts_beside(call, x, axis):
+    beside = call.name in JOINS and _puts_beside(call, x, axis)
+    if beside and axis.chosen:
         raise SampleAxisError(
             f"{call.name}: joins samples that the data put into an order with {names_of(recording, shared)} along the sample axis (axis "
             f"{axis.dim}). Join along another axis, with the parameter expanded over the samples."
         )
     new = {id(s): enter(recording, call, s, frame, ndim, x.shape[axis.dim]) for s in shared}
-    settle(call, shared)
+    if beside:
+        call.take(new, recording.where)
+        return func(*call.args, **call.kwargs)
     args, kwargs = replaced(call, new)
     return func(*args, **kwargs)
 
@@ -166,12 +172,14 @@ def assign(recording: Recorder, func: Function, call: Call, shared: list[Tensor]
     target, index, value = call.args
     part = target.detach()[index]
     where = through_index(call, target, index, part)
-    if not isinstance(where, Axis) or not any(value is x for x in shared):
+    if not isinstance(where, Axis) or where.dim >= part.ndim or not any(value is x for x in shared):
         raise SampleAxisError(
             f"setitem: {names_of(recording, shared)} is written to places that do not follow the samples of a target of shape "
             f"{tuple(target.shape)}. Write to whole samples (`x[:, k] = p`), or use torch.where."
         )
-    return func(target, index, enter(recording, call, value, where, part.ndim, part.shape[where.dim]))
+    entered = enter(recording, call, value, where, part.ndim, part.shape[where.dim])
+    call.take({id(value): entered}, recording.where)
+    return func(target, index, entered)
 
 
 def spread_target(recording: Recorder, call: Call) -> None:

@@ -126,6 +126,7 @@ def _in_two_steps(recording: Recorder, op: Operation, call: Call) -> Tensor:
         # on a copy, for the op may keep its operand for the backward
         result = plain(call.tensors[0].clone(), *call.args[1:], **call.kwargs)
         written: Tensor = call.tensors[0].copy_(result)
+    call.settled = True
     return written
 
 

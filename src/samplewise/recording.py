@@ -291,7 +291,7 @@ class Recording(Known, TorchFunctionMode):
                 settle(call, shared)
         if outside and op.name not in TURNS:
             self._earlier.append((op, args, kwargs, out))
-        if not outside:
+        if not outside and not call.settled:
             self._mark(op, call, out, shared, target)
             if (
                 key is not None
