@@ -543,6 +543,7 @@ FOREIGN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "added in two steps": lambda p, b, h: (h * 1).index_add_(0, torch.zeros(4, dtype=torch.long), p.expand(4, 4)),
     "one entry": lambda p, b, h: assigned(h * 1, (0, 0), p[0]),
     "beside one row": lambda p, b, h: torch.where(h[:1] > 0, p.expand(4, 4), h),
+    "beside the row of a mask": lambda p, b, h: (p.expand(4, 4) * 1).masked_fill(h[:1] > 0, h[1, 1].detach()) * h,
     "beside one row of a product": lambda p, b, h: torch.addcmul(p.expand(4, 4) * 1, h[:1], h),
 }
 

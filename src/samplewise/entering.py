@@ -254,7 +254,7 @@ def enter(recording: Recorder, call: Call, tensor: Tensor, axis: Axis, ndim: int
     origin, kind = tensor, recording.kind(tensor)
     assert isinstance(kind, Shared)
     own = has_rows and value.shape[dim] == rows
-    if call.name in JOINS and value.shape[dim] != rows:
+    if value.shape[dim] != rows and (call.name in JOINS or value.shape[dim] != 1):
         raise SampleAxisError(
             f"{call.name}: joins samples with {names_of(recording, [tensor])} along the sample axis (axis {dim}, {rows} rows and "
             f"{value.shape[dim]}). Join along another axis, with the parameter expanded over the samples."
