@@ -291,8 +291,10 @@ def test_switches_that_choose_kernels_are_looked_at(graphs: Graphs) -> None:
     assert (graphs.captures, graphs.replays) == (1, 1)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    run(x), run(x), run(x)
-    torch.set_float32_matmul_precision(before)
+    try:
+        run(x), run(x), run(x)
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert (graphs.captures, graphs.replays) == (2, 2)
 
 

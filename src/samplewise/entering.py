@@ -87,8 +87,12 @@ def enter_whole(recording: Recorder, func: Function, op: Operation, call: Call, 
     new = {id(x): _sole(recording, call, x) for x in shared}
     if op.inplace and id(call.args[0]) in new:
         _overwrite(recording, call, new.pop(id(call.args[0])))
-    if call.name in WRITTEN and call.n > 1:
-        # the rows of the result are followed with what enters
+    return _with(recording, func, call, new, followed=call.name in WRITTEN and call.n > 1)
+
+
+def _with(recording: Recorder, func: Function, call: Call, new: Mapping[int, Tensor], *, followed: bool) -> Any:
+    """The call with what entered, with which the rows of the result are followed where the others do not tell them."""
+    if followed:
         call.take(new, recording.where)
         return func(*call.args, **call.kwargs)
     args, kwargs = replaced(call, new)
@@ -154,11 +158,7 @@ def enter_aligned(recording: Recorder, func: Function, call: Call, shared: list[
             f"{axis.dim}). Join along another axis, with the parameter expanded over the samples."
         )
     new = {id(s): enter(recording, call, s, frame, ndim, x.shape[axis.dim]) for s in shared}
-    if beside:
-        call.take(new, recording.where)
-        return func(*call.args, **call.kwargs)
-    args, kwargs = replaced(call, new)
-    return func(*args, **kwargs)
+    return _with(recording, func, call, new, followed=beside)
 
 
 def _puts_beside(call: Call, x: Tensor, axis: Axis) -> bool:
@@ -178,8 +178,7 @@ def assign(recording: Recorder, func: Function, call: Call, shared: list[Tensor]
             f"{tuple(target.shape)}. Write to whole samples (`x[:, k] = p`), or use torch.where."
         )
     entered = enter(recording, call, value, where, part.ndim, part.shape[where.dim])
-    call.take({id(value): entered}, recording.where)
-    return func(target, index, entered)
+    return _with(recording, func, call, {id(value): entered}, followed=True)
 
 
 def spread_target(recording: Recorder, call: Call) -> None:

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .attaching import packed_owners, place_of
-from .axes import Axis, Lost, Where, tensors_in
+from .axes import Axis, Call, Lost, Where, tensors_in
 from .collecting import Shared, Source, leaves_of
 from .notes import Notes
 from .ownership import of_base
+from .registry import Operation
 from .remembered import CONSTANT
 from .running import unrecorded
+from .sample_axis import TURNS
 
 # said by the user: stays constant even as an argument of the model
 DECLARED_CONSTANT = "declared constant"
@@ -104,6 +106,24 @@ class Known:
         if isinstance(kind, str) and tensor.requires_grad and tensor.grad_fn is not None:
             return self._of_history(tensor)
         return kind
+
+    def before(
+        self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor | None
+    ) -> tuple[Call, list[Kind]]:
+        """A call with what is known of its tensors before the op runs, which may write to the target."""
+        viewed = None if target is None else target._base  # noqa: SLF001
+        base = None if viewed is None else (viewed, self.kind(viewed))
+        if target is not None and op.name in TURNS:
+            # what the op does is told from the shape before
+            turned = target.detach()
+            self.declare(turned, self.kind(target))
+            args = (turned, *args[1:])
+        call = Call(op.name, args, kwargs, self.n or 0, self.where, base)
+        kinds = [self.kind(x) for x in call.tensors]
+        call.known = {
+            id(x): kind if isinstance(kind, Axis | Lost) else None for x, kind in zip(call.tensors, kinds, strict=True)
+        }
+        return call, kinds
 
     def _names(self, shared: list[Tensor]) -> frozenset[str]:
         kinds = [self.kind(x) for x in shared]

@@ -258,21 +258,9 @@ class Recording(Known, TorchFunctionMode):
         out = self._like_before(func, args, kwargs, key)
         if out is not NotImplemented:
             return out
-        target, told = op.target(args), args
-        target = target if isinstance(target, Tensor) else None
-        viewed = None if target is None else target._base  # noqa: SLF001
-        base = None if viewed is None else (viewed, self.kind(viewed))
-        if target is not None and op.name in TURNS:
-            # what the op does is told from the shape before
-            before = target.detach()
-            self.declare(before, self.kind(target))
-            told = (before, *args[1:])
-        call = Call(op.name, told, kwargs, self.n or 0, self.where, base)
-        kinds = [self.kind(x) for x in call.tensors]
-        # as they are before the op
-        call.known = {
-            id(x): kind if isinstance(kind, Axis | Lost) else None for x, kind in zip(call.tensors, kinds, strict=True)
-        }
+        written_to = op.target(args)
+        target = written_to if isinstance(written_to, Tensor) else None
+        call, kinds = self.before(op, args, kwargs, target)
         refuse_mixing(call)
         shared = [x for x, kind in zip(call.tensors, kinds, strict=True) if isinstance(kind, Shared)]
         meeting = bool(shared) and any(isinstance(kind, Axis | Lost) for kind in kinds)
